@@ -1,0 +1,1 @@
+"""Stage 1: a KL-regularised variational autoencoder that compresses images to latents and decodes them."""

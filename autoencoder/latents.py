@@ -1,0 +1,41 @@
+"""Latents on disk: how a sample is packed into a shard, and whose latents a shard set holds."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from autoencoder.loading import fingerprint
+from autoencoder.networks import AutoencoderKL
+from data_prep.shards import ShardSet
+from ldgan.engine.cli import UserError
+
+
+def describe_latents(autoencoder: AutoencoderKL, resolution: int, *, flips: bool) -> dict[str, Any]:
+    """Manifest details of latents that ``autoencoder`` makes of square images of ``resolution`` pixels."""
+    return {
+        "autoencoder": fingerprint(autoencoder),
+        "latent_shape": list(autoencoder.latent_shape(resolution)),
+        "resolution": resolution,
+        "flips": flips,
+    }
+
+
+def check_latents(shards: ShardSet, autoencoder: AutoencoderKL) -> None:
+    """Raise a UserError unless ``autoencoder`` is the one that made these latents."""
+    made_by, given = shards.manifest.details.get("autoencoder"), fingerprint(autoencoder)
+    if made_by != given:
+        raise UserError(
+            f"{shards.folder}: latents of another autoencoder (fingerprint {str(made_by)[:12]}, given {given[:12]});"
+            " give the autoencoder that encoded them, or encode again with autoencoder/encode.py"
+        )
+
+
+def pack_moments(moments: Tensor, label: int) -> dict[str, bytes]:
+    """A shard's sample of moments (2C, h, w) or, with those of the mirror image, (2, 2C, h, w); label -1: none."""
+    buffer = io.BytesIO()
+    np.save(buffer, moments.numpy(), allow_pickle=False)
+    return {"npy": buffer.getvalue()} | ({"cls": str(label).encode()} if label >= 0 else {})

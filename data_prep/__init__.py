@@ -1,0 +1,1 @@
+"""Images to webdataset shards, and shards to batches. Knows no model."""

@@ -1,0 +1,368 @@
+"""The shard set: a folder of webdataset tar files and a manifest, written once and read by sample index.
+
+    shard-000000.tar    members {index:09d}.{extension}: 000000000.cls, 000000000.png, 000000001.cls, ...
+    shard-000001.tar
+    manifest.json       what is inside; a folder without it is not finished
+
+Shards are ordinary webdataset tars that other tools can stream. We read them by index instead, since an order
+of samples that is a function of seed and step alone can be resumed anywhere and split over any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ldgan.engine.cli import UserError
+
+FORMAT = "ldgan-shards/1"
+KINDS = ("images", "latents")
+EXTENSIONS = ("png", "jpg", "webp", "cls", "txt", "npy")
+MANIFEST_NAME = "manifest.json"
+MAX_OPEN_SHARDS = 64
+
+_SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
+_MEMBER_NAME = re.compile(rf"([0-9]{{9}})\.({'|'.join(EXTENSIONS)})")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardInfo:
+    """One tar file of a shard set."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a shard set holds. ``details`` is the writer's own JSON; ``seconds`` is how long writing took."""
+
+    kind: str
+    num_samples: int
+    shards: tuple[ShardInfo, ...]
+    class_names: list[str] | None
+    has_captions: bool  # at least one sample has a caption
+    seconds: float
+    details: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the shards' hashes in order: equal for equal data, wherever it lies."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shards together."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
+        partial = folder / f".{MANIFEST_NAME}.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, folder / MANIFEST_NAME)
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and check ``manifest.json`` in ``folder``; raises `UserError` where it is missing or wrong."""
+        path = folder / MANIFEST_NAME
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            return cls._from_json(fields)
+        except FileNotFoundError:
+            raise UserError(
+                f"no {path}: not a folder of finished shards; write one with data_prep/make_shards.py"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a valid manifest ({error}); restore it or write the shards again"
+            ) from error
+
+    @classmethod
+    def _from_json(cls, fields: dict[str, Any]) -> Manifest:
+        if fields.pop("format", None) != FORMAT:
+            raise ValueError(f'"format" is not "{FORMAT}"')
+        shards = tuple(ShardInfo(**shard) for shard in fields.pop("shards"))
+        manifest = cls(shards=shards, **fields)
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        """Raise ValueError (or TypeError) where the fields contradict each other."""
+        if self.kind not in KINDS:
+            raise ValueError(f'"kind" is none of {", ".join(KINDS)}')
+        if not self.shards or any(shard.num_samples < 1 for shard in self.shards):
+            raise ValueError("a shard without samples")
+        if self.num_samples != sum(shard.num_samples for shard in self.shards):
+            raise ValueError('"num_samples" is not the sum over the shards')
+        for shard in self.shards:
+            # Names become paths: nothing that could lead out of the folder may pass.
+            if not _SHARD_NAME.fullmatch(shard.name):
+                raise ValueError(f"{shard.name!r} is no shard's name")
+
+
+class ShardWriter:
+    """Writes a shard set; a context manager that leaves ``out`` either complete or absent.
+
+    Shards are built in a hidden folder beside ``out`` that is renamed once the manifest is in it; after an
+    exception it is removed. The same samples give the same bytes. What is put into ``folder`` (a report, say)
+    goes along, and ``details`` may be completed until the end. ``manifest`` is set on success.
+
+    Raises `UserError` where ``out`` exists already or cannot be written, or where no sample was written.
+    """
+
+    manifest: Manifest
+
+    def __init__(
+        self,
+        out: Path,
+        kind: str,
+        *,
+        samples_per_shard: int = 1000,
+        class_names: Sequence[str] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out = out
+        self.folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+        self.details = dict(details or {})
+        self.num_samples = 0
+        self._kind = kind
+        self._samples_per_shard = samples_per_shard
+        self._class_names = list(class_names) if class_names is not None else None
+        self._has_captions = False
+        self._shards: list[ShardInfo] = []
+        self._shard: _ShardFile | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self._started = time.monotonic()
+        if os.path.lexists(self.out):
+            raise UserError(f"{self.out} exists already; remove it or choose another output folder")
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
+        return self
+
+    def write(self, sample: Mapping[str, bytes]) -> None:
+        """Append one sample, given as extension -> content; its index is the number of samples before it."""
+        if unknown := set(sample).difference(EXTENSIONS):
+            raise ValueError(f"unknown extensions {sorted(unknown)}; known are {', '.join(EXTENSIONS)}")
+        if self._shard is None:
+            self._shard = _ShardFile(self.folder / f"shard-{len(self._shards):06d}.tar")
+        self._shard.write(self.num_samples, sample)
+        self.num_samples += 1
+        self._has_captions |= "txt" in sample
+        if self._shard.num_samples == self._samples_per_shard:
+            self._close_shard()
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if exc_type is None:
+                self._finish()
+        finally:
+            if self._shard is not None:
+                self._shard.abandon()
+            shutil.rmtree(self.folder, ignore_errors=True)  # gone already if it was renamed
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+    def _finish(self) -> None:
+        self._close_shard()
+        if not self._shards:
+            raise UserError(f"nothing to write to {self.out}: there was not a single sample")
+        manifest = Manifest(
+            kind=self._kind,
+            num_samples=self.num_samples,
+            shards=tuple(self._shards),
+            class_names=self._class_names,
+            has_captions=self._has_captions,
+            seconds=round(time.monotonic() - self._started, 3),
+            details=self.details,
+        )
+        manifest.write(self.folder)
+        try:
+            os.rename(self.folder, self.out)
+        except OSError as error:
+            raise UserError(f"cannot move the finished shards to {self.out}: {error.strerror}") from error
+        self.manifest = manifest
+
+
+class _ShardFile:
+    """One tar in the making: counts its samples, and hashes its bytes on their way to the disk."""
+
+    def __init__(self, path: Path) -> None:
+        # Imported here, since it brings torch along: seconds that other commands and workers need not spend.
+        from webdataset import TarWriter
+
+        self.num_samples = 0
+        self._path = path
+        self._sink = _HashingFile(path)
+        # Tar headers hold a time and an owner; both are fixed, so that equal samples give equal files.
+        self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="ldgan", group="ldgan")
+
+    def write(self, index: int, sample: Mapping[str, bytes]) -> None:
+        self._tar.write({"__key__": f"{index:09d}", **sample})
+        self.num_samples += 1
+
+    def close(self) -> ShardInfo:
+        self._tar.close()
+        self._sink.file.close()
+        return ShardInfo(
+            name=self._path.name,
+            num_samples=self.num_samples,
+            num_bytes=self._sink.num_bytes,
+            sha256=self._sink.sha256.hexdigest(),
+        )
+
+    def abandon(self) -> None:
+        self._sink.abandoned = True
+        self._sink.file.close()
+
+
+class _HashingFile:
+    """The file object that a tar is written to."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb", buffering=0)  # tarfile has a buffer of its own
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        # Even after a failed write tarfile flushes its buffer when it is deleted; then nobody may listen.
+        self.abandoned = False
+
+    def write(self, data: bytes) -> int:
+        if not self.abandoned:
+            unwritten = memoryview(data)
+            while unwritten:
+                unwritten = unwritten[self.file.write(unwritten) :]
+            self.sha256.update(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+
+class ShardSet:
+    """Random access to the samples of a shard set, in memory that does not grow with it.
+
+    Where a shard's members lie is found out when one of its samples is first read; this and the open file are
+    kept for the `MAX_OPEN_SHARDS` shards used last. Can be pickled, and shared with forked processes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.shard_sizes = [shard.num_samples for shard in manifest.shards]
+        self._first_indices = [0, *itertools.accumulate(self.shard_sizes)][:-1]
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: Path | str) -> ShardSet:
+        """Open folder ``path``; raises `UserError` for a bad manifest and for missing or cut shards."""
+        folder = Path(path)
+        manifest = Manifest.read(folder)
+        for shard in manifest.shards:
+            file = folder / shard.name
+            try:
+                num_bytes = file.stat().st_size
+            except OSError as error:
+                raise _damaged(file, error.strerror) from error
+            if num_bytes != shard.num_bytes:
+                raise _damaged(file, f"{num_bytes:,} bytes instead of {shard.num_bytes:,}")
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def read(self, index: int) -> dict[str, bytes]:
+        """Return sample ``index`` (0 <= index < len) as extension -> content.
+
+        Raises IndexError outside that range, and `UserError` where the shard is damaged.
+        """
+        return self._open_shard(self._shard_number(index)).read(index)
+
+    def locate(self, index: int) -> str:
+        """Say where sample ``index`` lies, for messages: the shard's path and the sample's key."""
+        shard = self.manifest.shards[self._shard_number(index)]
+        return f"{self.folder / shard.name}, sample {index:09d}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open_shards": OrderedDict()}  # files cannot be pickled
+
+    def _shard_number(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return bisect.bisect_right(self._first_indices, index) - 1
+
+    def _open_shard(self, number: int) -> _OpenShard:
+        if number not in self._open_shards:
+            path = self.folder / self.manifest.shards[number].name
+            self._open_shards[number] = _OpenShard(path, self._first_indices[number], self.shard_sizes[number])
+        self._open_shards.move_to_end(number)
+        if len(self._open_shards) > MAX_OPEN_SHARDS:
+            _, oldest = self._open_shards.popitem(last=False)
+            oldest.file.close()
+        return self._open_shards[number]
+
+
+_Extents = dict[str, tuple[int, int]]  # extension -> (offset in the tar, size), in bytes
+
+
+class _OpenShard:
+    """An open tar file, and where each of its samples lies in it."""
+
+    def __init__(self, path: Path, first_index: int, num_samples: int) -> None:
+        self.path = path
+        try:
+            self.file = path.open("rb")
+            self._samples = _scan(self.file)
+        except (OSError, tarfile.TarError) as error:
+            raise _damaged(path, error) from error
+        if list(self._samples) != list(range(first_index, first_index + num_samples)):
+            raise _damaged(path, f"its samples are not the {num_samples} that the manifest lists")
+
+    def read(self, index: int) -> dict[str, bytes]:
+        return {extension: self._bytes(*extent) for extension, extent in self._samples[index].items()}
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        # pread has no file position, which forked processes would share.
+        content = os.pread(self.file.fileno(), size, offset)
+        if len(content) != size:
+            raise _damaged(self.path, "it ends too early")
+        return content
+
+
+def _scan(file: BinaryIO) -> dict[int, _Extents]:
+    """Return sample index -> extents for a tar, reading its headers and seeking past the content."""
+    samples: dict[int, _Extents] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            name = _MEMBER_NAME.fullmatch(member.name)
+            if name is None or not member.isreg():
+                raise tarfile.ReadError(f"unexpected member {member.name!r}")
+            samples.setdefault(int(name[1]), {})[name[2]] = (member.offset_data, member.size)
+    return samples
+
+
+def _damaged(shard: Path, reason: object) -> UserError:
+    return UserError(f"{shard} is missing or damaged ({reason}); restore it or write the shards again")

@@ -1,0 +1,39 @@
+"""What every command shares: errors that fit on one line, and the exit status that goes with them."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend.
+
+    The message is one line that says what was wrong, where, and what to do. Commands print it without a
+    traceback and exit with status 2.
+    """
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a command's ``main`` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error), status=2)
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(
+            f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command",
+            2,
+        )
+    sys.exit(0)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,46 @@
+"""Between float tensors, uint8 images, grids and PNG files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ldgan.engine.files import write_atomically
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map float images in [-1, 1] to the nearest of 0..255 (uint8, same shape); clamp what lies outside."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Map uint8 images to float32 in [-1, 1], same shape; `to_uint8` gives the very same bytes back."""
+    return images.float() / 127.5 - 1
+
+
+def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
+    """Lay images (N, C, H, W) out row by row in one image (C, H', W').
+
+    ``padding`` black pixels separate neighbours; places behind the last image stay black.
+    """
+    num_images, channels, height, width = images.shape
+    columns = min(columns, num_images)
+    rows = -(-num_images // columns)
+    blanks = images.new_zeros(rows * columns - num_images, channels, height, width)
+    cells = F.pad(torch.cat([images, blanks]), (0, padding, 0, padding))
+    rows_of_cells = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)  # (C, rows, H + p, columns, W + p)
+    grid = rows_of_cells.reshape(channels, rows * (height + padding), columns * (width + padding))
+    return grid[:, : grid.shape[1] - padding, : grid.shape[2] - padding]
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB), as a PNG file that is complete or absent."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,139 @@
+"""The run folder: what a training run writes, and where.
+
+::
+
+    config.yaml                   the resolved config
+    checkpoints/step_000001000/   see `ldgan.engine.checkpoint`
+    samples/                      image grids (PNG)
+    tensorboard/                  event files
+    metrics.jsonl                 the same scalars, one JSON object a line
+    summary.json                  the results, written when the run ends
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ldgan.engine.checkpoint import DESCRIPTION_FILE
+from ldgan.engine.cli import UserError
+from ldgan.engine.config import flatten, parse_yaml
+from ldgan.engine.files import remove_folder, write_atomically
+
+STEP_FOLDER = re.compile(r"step_(\d{9,})")
+
+
+class RunFolder:
+    """Paths and files of one run. Only the main process writes; others may look paths up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.tensorboard = path / "tensorboard"
+        self.metrics_path = path / "metrics.jsonl"
+        self.summary_path = path / "summary.json"
+
+    @classmethod
+    def create_or_resume(cls, path: Path, config_yaml: str, may_change: Collection[str] = ()) -> RunFolder:
+        """Start a run in ``path``, or resume the one that is there if it has the same config.
+
+        ``may_change`` names dotted keys that do not alter what a run is, such as its length or how often it
+        logs; where they differ, the folder's config becomes the new one.
+
+        Raises:
+            UserError: if ``path`` holds a run with another config, or files that belong to no run.
+        """
+        run = cls(path)
+        if run.config_path.is_file():
+            run._check_same_config(config_yaml, may_change)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: not a run folder (no config.yaml); choose a new or an empty folder")
+        write_atomically(run.config_path, config_yaml)
+        return run
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Return the folder for the checkpoint after ``step`` optimisation steps."""
+        return self.checkpoints / f"step_{step:09d}"
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the complete checkpoint with the highest step, None if there is none yet."""
+        complete = self._complete_checkpoints()
+        return complete[-1] if complete else None
+
+    def prune_checkpoints(self, keep: int, protect: Collection[Path] = ()) -> None:
+        """Remove all but the ``keep`` (at least 1) newest checkpoints and those in ``protect``.
+
+        What an interrupted save or removal left behind goes too, so no save may be under way.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        for folder in self._complete_checkpoints()[:-keep]:
+            if folder not in protect:
+                remove_folder(folder)
+        for leftover in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(leftover)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write the results of the run as JSON."""
+        write_atomically(self.summary_path, json.dumps(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what `write_summary` wrote.
+
+        Raises:
+            UserError: if the run has not ended, or the file is damaged.
+        """
+        try:
+            return json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.summary_path}: not there yet; it is written when the run ends") from error
+        except ValueError as error:
+            raise UserError(f"{self.summary_path}: damaged ({error})") from error
+
+    def _complete_checkpoints(self) -> list[Path]:
+        """Return the checkpoints by rising step; a folder gets its name when it is complete."""
+        steps = {}
+        for description in self.checkpoints.glob(f"*/{DESCRIPTION_FILE}"):
+            if match := STEP_FOLDER.fullmatch(description.parent.name):
+                steps[int(match[1])] = description.parent
+        return [steps[step] for step in sorted(steps)]
+
+    def _check_same_config(self, config_yaml: str, may_change: Collection[str]) -> None:
+        old = flatten(parse_yaml(self.config_path.read_text(encoding="utf-8"), str(self.config_path)))
+        new = flatten(parse_yaml(config_yaml, "the config asked for"))
+        different = [
+            f"{key}: {old.get(key, 'nothing')} in the run, {new.get(key, 'nothing')} asked"
+            for key in dict.fromkeys([*old, *new])
+            if key not in may_change and (key not in old or key not in new or old[key] != new[key])
+        ]
+        if different:
+            raise UserError(
+                f"{self.path}: holds a run with another config ({'; '.join(different)});"
+                " choose another folder, or the run's own settings to resume it"
+            )
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the checkpoint folder that ``path`` means: itself, or the latest one of a run folder.
+
+    Raises:
+        UserError: if ``path`` is neither.
+    """
+    if (path / DESCRIPTION_FILE).is_file():
+        return path
+    run = RunFolder(path)
+    if latest := run.latest_checkpoint():
+        return latest
+    if not path.exists():
+        found = "does not exist"
+    elif run.config_path.is_file():
+        found = "is a run that has saved no checkpoint yet"
+    else:
+        found = "is neither a run nor a checkpoint"
+    raise UserError(f"{path}: {found}; expected a run folder or one like RUN/checkpoints/step_000001000")

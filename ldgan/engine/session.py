@@ -1,0 +1,192 @@
+"""The bookkeeping of a training run, so that a stage's loop only orders: step, look, go on.
+
+A session resumes the run in its folder, logs, stops on losses that are no numbers, and saves checkpoints. The
+loop of a stage is
+
+    for step in session.steps():
+        session.record(step, trainer.step(step, batches))
+    session.finish({...})
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldgan.engine.checkpoint import Stateful, load_thing, read_description, save_checkpoint
+from ldgan.engine.cli import UserError
+from ldgan.engine.config import MISSING, option, to_dict, to_yaml
+from ldgan.engine.progress import ProgressBar, progress_bar
+from ldgan.engine.run import RunFolder
+from ldgan.engine.seeding import generator
+from ldgan.engine.trackers import Tracker, check_finite
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives, how long it is, and how often it says something."""
+
+    dir: str = option(MISSING, "folder of the run; one that holds the same run is resumed")
+    num_steps: int = option(1000, "optimisation steps")
+    batch_size: int = option(64, "images per step, over all processes")
+    num_micro_batches: int = option(
+        0, "parts of the batch, over all processes, whose gradients are averaged; 0: one for each process"
+    )
+    precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the networks; weights stay fp32")
+    seed: int = option(0, "decides initial weights, order of the data and all noise")
+    num_workers: int = option(0, "processes that read data, for each training process; 0: read in the process itself")
+    log_every_steps: int = option(50, "steps between two rows of scalars")
+    preview_every_steps: int = option(500, "steps between two image grids")
+    checkpoint_every_steps: int = option(500, "steps between two checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+
+    def micro_batches(self, num_processes: int) -> tuple[int, int]:
+        """(number of micro-batches, images in each) for ``num_processes``; raises UserError if they do not divide."""
+        number = self.num_micro_batches or num_processes
+        if number % num_processes or self.batch_size % number:
+            raise UserError(
+                f"run.batch_size {self.batch_size} in {number} micro-batches (run.num_micro_batches) cannot be"
+                f" shared by {num_processes} processes; choose numbers that divide"
+            )
+        return number, self.batch_size // number
+
+
+# What may differ when a run is resumed: nothing that decides what it learns from a given step.
+MAY_CHANGE = (
+    "run.num_steps",
+    "run.num_workers",
+    "run.log_every_steps",
+    "run.preview_every_steps",
+    "run.checkpoint_every_steps",
+    "run.keep_checkpoints",
+)
+
+
+def make_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
+    """The accelerator of this process, on whatever `accelerate launch` chose."""
+    return Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+
+
+class Session:
+    """One run from its first or last saved step to its end; made on every process, written by the main one."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Any,
+        things: Mapping[str, Stateful],
+        description: Mapping[str, Any],
+    ) -> None:
+        """``config`` has a section ``run``; ``things`` are saved by name, ``description`` goes into checkpoints.
+
+        Raises:
+            UserError: the folder holds another run, or its checkpoint does not fit ``things``.
+        """
+        self._accelerator, self._things = accelerator, things
+        self._settings: RunConfig = config.run
+        self._description = {**description, "config": to_dict(config)}
+        self.run = RunFolder(Path(self._settings.dir))
+        if accelerator.is_main_process:
+            RunFolder.create_or_resume(self.run.path, to_yaml(config), MAY_CHANGE)
+        accelerator.wait_for_everyone()
+        self.first_step, self._seconds_before = self._resume()
+        self._tracker = Tracker(self.run, accelerator.is_main_process, self.first_step)
+        self._started = time.monotonic()
+        self._terms: list[tuple[int, dict[str, Tensor]]] = []
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run had reached its last step before."""
+        return self.first_step >= self._settings.num_steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds spent on the steps done so far, interruptions left out."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def steps(self) -> Iterator[int]:
+        """Yield the steps to do, first_step + 1 .. num_steps; log and save after each as the config asks."""
+        settings = self._settings
+        with progress_bar(
+            "training",
+            settings.num_steps,
+            "steps",
+            initial=self.first_step,
+            enabled=self._accelerator.is_main_process,
+        ) as bar:
+            for step in range(self.first_step + 1, settings.num_steps + 1):
+                # Whatever draws from the global generator, dropout for one, becomes a function of the step.
+                rank = self._accelerator.process_index
+                torch.manual_seed(generator("cpu", settings.seed, "global", step, rank).initial_seed())
+                yield step
+                last = step == settings.num_steps
+                if last or step % settings.log_every_steps == 0 or step % settings.checkpoint_every_steps == 0:
+                    self._log(bar)
+                if not last and step % settings.checkpoint_every_steps == 0:
+                    self._save(step, {})
+
+    def record(self, step: int, terms: dict[str, Tensor]) -> None:
+        """Keep the detached scalar terms of a step until the next log."""
+        self._terms.append((step, terms))
+
+    def wants_preview(self, step: int) -> bool:
+        """Whether it is time for an image grid, on the main process."""
+        due = step % self._settings.preview_every_steps == 0 or step == self._settings.num_steps
+        return due and self._accelerator.is_main_process
+
+    def preview(self, step: int, name: str, images: Tensor, columns: int) -> None:
+        """Log uint8 images (N, C, H, W) as one grid."""
+        self._tracker.log_images(step, name, images, columns)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Save the last checkpoint, with ``results`` in its description, and the run's summary."""
+        summary = {"num_steps": self._settings.num_steps, "seconds": round(self.seconds, 1), **results}
+        self._save(self._settings.num_steps, results)
+        if self._accelerator.is_main_process:
+            self.run.write_summary(summary)
+        self._tracker.close()
+
+    def _resume(self) -> tuple[int, float]:
+        """Load the latest checkpoint into the things; (its step, its seconds), or (0, 0) without one."""
+        latest = self.run.latest_checkpoint()
+        if latest is None:
+            return 0, 0.0
+        for name, thing in self._things.items():
+            load_thing(latest, name, thing)
+        saved = read_description(latest)
+        self._accelerator.print(f"resuming {self.run.path} after step {saved['step']:,}")
+        return saved["step"], saved["seconds"]
+
+    def _log(self, bar: ProgressBar) -> None:
+        """Average the recorded terms over processes and steps, check that they are numbers, and write them."""
+        if not self._terms:
+            return
+        num_steps, step = len(self._terms), self._terms[-1][0]
+        # Reading the values waits for the device: once a log interval, not once a step.
+        values = torch.stack([value.detach().float() for _, terms in self._terms for value in terms.values()])
+        averaged = iter(self._accelerator.reduce(values, "mean").tolist())
+        history: dict[str, list[float]] = {}
+        for number, terms in self._terms:
+            numbers = {name: next(averaged) for name in terms}
+            check_finite(numbers, number, self.run.latest_checkpoint())
+            for name, value in numbers.items():
+                history.setdefault(name, []).append(value)
+        self._terms.clear()
+        means = {name: sum(values) / len(values) for name, values in history.items()}
+        self._tracker.log_scalars(step, step * self._settings.batch_size, means)
+        bar.advance(num_steps, "  ".join(f"{name} {value:.4g}" for name, value in means.items()))
+
+    def _save(self, step: int, results: Mapping[str, Any]) -> None:
+        num_images = step * self._settings.batch_size
+        progress = {"step": step, "num_images": num_images, "seconds": round(self.seconds, 3)}
+        if self._accelerator.is_main_process:
+            save_checkpoint(self.run.checkpoint_path(step), self._things, {**self._description, **progress, **results})
+            self.run.prune_checkpoints(self._settings.keep_checkpoints)
+        self._accelerator.wait_for_everyone()

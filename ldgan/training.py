@@ -1,0 +1,138 @@
+"""The two steps of the game: one for the discriminator, one for the generator.
+
+Xiao et al. (arXiv 2112.07804), section 4: for t uniform on 1..T, the discriminator sees real pairs
+(x_{t-1}, x_t) ~ q and fake pairs whose x_{t-1} ~ q(x_{t-1} | x_t, x_0 = G(x_t, z, t)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ldgan.diffusion import Diffusion
+from ldgan.engine.accumulation import micro_batch_weight, micro_batches
+from ldgan.engine.config import option
+from ldgan.engine.ema import EMA
+from ldgan.engine.seeding import generator as random_generator
+from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss
+from ldgan.networks import Discriminator, Generator
+
+
+@dataclass
+class LossConfig:
+    """Weights of the losses."""
+
+    r1_gamma: float = option(0.02, "weight of the R1 penalty, gamma / 2 ||grad D||^2, on the steps that compute it")
+    r1_every_steps: int = option(15, "steps from one R1 penalty to the next")
+    l1_weight: float = option(0.0, "weight of the L1 distance between the x_0 estimate and x_0 at the start")
+    l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
+    l1_only_steps: int = option(0, "first steps, in which the generator trains on L1 alone")
+    discriminator_only_steps: int = option(0, "steps after those, in which only the discriminator trains")
+
+
+class DiffusionGANTrainer:
+    """Takes optimisation steps on generator and discriminator; knows neither files nor schedules."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        diffusion: Diffusion,
+        generator: Generator,
+        discriminator: Discriminator,
+        generator_optimizer: torch.optim.Optimizer,
+        discriminator_optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        *,
+        loss: LossConfig,
+        num_micro_batches: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._accelerator, self._diffusion, self._ema, self._loss = accelerator, diffusion, ema, loss
+        self._generator, self._discriminator = generator, discriminator
+        self._generator_optimizer, self._discriminator_optimizer = (
+            generator_optimizer,
+            discriminator_optimizer,
+        )
+        # The same weights behind a wrapper that averages gradients over processes. Each player's own step goes
+        # through its wrapper; the other player only serves there, as the bare network.
+        self._reduced_generator = accelerator.prepare(generator)
+        self._reduced_discriminator = accelerator.prepare(discriminator)
+        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+
+    def discriminator_step(self, step: int, batches: list[Tensor]) -> dict[str, Tensor]:
+        """Train the discriminator on this process's micro-batches of x_0; the generator takes no gradient."""
+        self._discriminator.requires_grad_(True)
+        self._discriminator_optimizer.zero_grad(set_to_none=True)
+        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
+        penalise = step % self._loss.r1_every_steps == 0
+        for number, x_0 in zip(self._micro_batches(self._reduced_discriminator), batches):
+            terms = self.discriminator_losses(x_0, self._random("discriminator", step, number), penalise)
+            # One backward for both terms: a second one would not be averaged over processes.
+            self._accelerator.backward(weight * sum(terms.values()))
+        self._discriminator_optimizer.step()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def generator_step(
+        self, step: int, batches: list[Tensor], l1_weight: float, adversarial: bool
+    ) -> dict[str, Tensor]:
+        """Train the generator on this process's micro-batches of x_0; the discriminator takes no gradient."""
+        self._discriminator.requires_grad_(False)
+        self._generator_optimizer.zero_grad(set_to_none=True)
+        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
+        for number, x_0 in zip(self._micro_batches(self._reduced_generator), batches):
+            terms = self.generator_losses(x_0, self._random("generator", step, number), adversarial)
+            loss = terms["l1"] * l1_weight + terms.get("generator", 0.0)
+            self._accelerator.backward(weight * loss)
+        self._generator_optimizer.step()
+        self._ema.update(self._generator, self._batch_size, step * self._batch_size)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def discriminator_losses(self, x_0: Tensor, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
+        """Adversarial loss and, with ``penalise``, the weighted R1 penalty on real pairs."""
+        t, x_previous, x_t = self._real_pair(x_0, random)
+        with torch.no_grad():
+            fake, _ = self._fake(self._generator, x_t, t, random)
+        x_previous.requires_grad_(penalise)
+        real_logits = self._reduced_discriminator(x_previous, x_t, t)
+        fake_logits = self._reduced_discriminator(fake, x_t, t)
+        terms = {"discriminator": discriminator_loss(real_logits, fake_logits)}
+        if penalise:
+            terms["r1"] = 0.5 * self._loss.r1_gamma * gradient_penalty(real_logits, x_previous)
+        return terms
+
+    def generator_losses(self, x_0: Tensor, random: torch.Generator, adversarial: bool) -> dict[str, Tensor]:
+        """L1 distance of the x_0 estimate and, with ``adversarial``, the adversarial loss; both unweighted."""
+        t, _, x_t = self._real_pair(x_0, random)
+        fake, x_0_estimate = self._fake(self._reduced_generator, x_t, t, random)
+        terms = {"l1": reconstruction_loss(x_0_estimate, x_0)}
+        if adversarial:
+            terms["generator"] = generator_loss(self._discriminator(fake, x_t, t))
+        return terms
+
+    def _real_pair(self, x_0: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """t uniform on 1..T for each sample, and (x_{t-1}, x_t) ~ q given x_0."""
+        t = torch.randint(1, self._diffusion.num_steps + 1, (len(x_0),), generator=random, device=x_0.device)
+        return t, *self._diffusion.pair(x_0, t, noise_like(x_0, random), noise_like(x_0, random))
+
+    def _fake(self, generator: nn.Module, x_t: Tensor, t: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x_{t-1} ~ q(x_{t-1} | x_t, x_0 = G(x_t, z, t)), and the estimate of x_0."""
+        z = torch.randn(len(x_t), self._generator.z_dim, generator=random, device=x_t.device)
+        x_0_estimate = generator(x_t, z, t)
+        return self._diffusion.posterior_sample(x_0_estimate, x_t, t, noise_like(x_t, random)), x_0_estimate
+
+    def _micro_batches(self, model: nn.Module) -> Iterator[int]:
+        return micro_batches(self._accelerator, self._num_micro_batches, model)
+
+    def _random(self, player: str, step: int, micro_batch: int) -> torch.Generator:
+        """The random numbers of one player's micro-batch; nothing else draws from them."""
+        return random_generator(self._accelerator.device, self._seed, player, step, micro_batch)
+
+
+def noise_like(x: Tensor, random: torch.Generator) -> Tensor:
+    """Standard normal noise in the shape of ``x``."""
+    return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.images import encode_image
+from data_prep.loader import (
+    ImageDataset,
+    LatentDataset,
+    SampleRef,
+    TrainingOrder,
+    epoch_order,
+    sequential_batches,
+    training_batches,
+)
+from data_prep.shards import ShardSet, ShardWriter
+from ldgan.engine.cli import UserError
+
+SHARD_SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def order(shard_sizes: list[int], *, seed: int = 0, **changes: int) -> TrainingOrder:
+    numbers = dict(micro_batch_size=2, num_micro_batches=2, rank=0, world_size=1, first_step=0)
+    return TrainingOrder(shard_sizes, seed=seed, flips=True, **({"window_shards": 2} | numbers | changes))
+
+
+def take(batches: TrainingOrder, num: int) -> list[list[SampleRef]]:
+    return list(itertools.islice(batches, num))
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageDataset:
+    """Seven 4x4 images in shards of three: image i has red i, and a green ramp from left to right."""
+    with ShardWriter(tmp_path / "images", "images", samples_per_shard=3) as writer:
+        for index in range(7):
+            pixels = np.zeros((4, 4, 3), np.uint8)
+            pixels[..., 0], pixels[..., 1] = index, [0, 50, 100, 255]
+            png = encode_image(Image.fromarray(pixels), "png", quality=95)
+            writer.write({"png": png, "cls": str(10 * index).encode()})
+    return ImageDataset(ShardSet.open(tmp_path / "images"))
+
+
+def latents(folder: Path, array: np.ndarray, kind: str = "latents") -> LatentDataset:
+    with ShardWriter(folder, kind) as writer:
+        writer.write({"npy": npy(array)})
+    return LatentDataset(ShardSet.open(folder))
+
+
+# --- The order ----------------------------------------------------------------------------------------------
+
+
+@given(SHARD_SIZES, SEEDS, st.integers(0, 5), st.integers(1, 10))
+def test_an_epoch_holds_every_sample_once_and_windows_keep_to_their_shards(sizes, seed, epoch, window_shards):
+    windows = list(epoch_order(sizes, seed, epoch, window_shards))
+    assert sorted(np.concatenate(windows).tolist()) == list(range(sum(sizes)))
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    shards_seen = [set(shard_of[window].tolist()) for window in windows]
+    assert all(len(shards) <= window_shards for shards in shards_seen)
+    assert sum(len(shards) for shards in shards_seen) == len(sizes)  # no shard in two windows
+
+
+def test_epochs_and_seeds_differ_and_repeat_exactly():
+    def flat(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(list(epoch_order([50, 50], seed, epoch, 2))).tolist()
+
+    assert flat(0, 0) == flat(0, 0)
+    assert len({tuple(flat(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+
+def test_a_window_is_shuffled_uniformly():
+    first = [next(epoch_order([2, 3], seed, 0, 2))[0] for seed in range(2000)]
+    counts = np.bincount(first, minlength=5)
+    assert np.abs(counts - 400).max() < 5 * np.sqrt(2000 * 0.2 * 0.8)  # five standard deviations
+
+
+@given(SHARD_SIZES, SEEDS)
+def test_the_stream_is_the_epochs_end_to_end(sizes, seed):
+    batches = order(sizes, seed=seed, micro_batch_size=3, num_micro_batches=1)
+    three_epochs = [ref.index for batch in take(batches, sum(sizes)) for ref in batch]
+    windows = [window for epoch in range(3) for window in epoch_order(sizes, seed, epoch, window_shards=2)]
+    assert three_epochs == np.concatenate(windows).tolist()
+
+
+@given(SHARD_SIZES, SEEDS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+def test_a_step_sees_the_same_data_on_any_number_of_processes(sizes, seed, batch_size, per_rank, world_size):
+    num_micro_batches = per_rank * world_size
+    batching = dict(seed=seed, micro_batch_size=batch_size, num_micro_batches=num_micro_batches)
+    alone = take(order(sizes, **batching), 4 * num_micro_batches)
+    ranks = [order(sizes, **batching, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = zip(*(take(rank, 4 * per_rank) for rank in ranks))
+    assert [batch for batches in together for batch in batches] == alone
+
+
+@given(SHARD_SIZES, SEEDS, st.integers(0, 30), st.integers(1, 10))
+def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(sizes, seed, first_step, window_shards):
+    uninterrupted = take(order(sizes, seed=seed, window_shards=window_shards), 2 * (first_step + 3))
+    resumed = take(order(sizes, seed=seed, window_shards=window_shards, first_step=first_step), 6)
+    assert resumed == uninterrupted[2 * first_step :]
+
+
+def test_resuming_far_out_costs_nothing():
+    far = order([1000] * 50, first_step=10**12)
+    assert len(take(far, 1)[0]) == 2
+
+
+def test_about_half_of_the_positions_flip_and_none_when_flips_are_off():
+    refs = [ref for batch in take(order([100]), 5000) for ref in batch]
+    assert abs(sum(ref.flip for ref in refs) / len(refs) - 0.5) < 0.025  # five standard deviations
+    first, second = ([ref.flip for ref in epoch] for epoch in (refs[:100], refs[100:200]))
+    assert first != second
+    plain = TrainingOrder(
+        [100],
+        micro_batch_size=10,
+        num_micro_batches=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        first_step=0,
+        flips=False,
+    )
+    assert not any(ref.flip for batch in take(plain, 30) for ref in batch)
+
+
+def test_orders_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="3 micro-batches cannot be shared by 2 processes"):
+        order([5], num_micro_batches=3, world_size=2)
+    with pytest.raises(ValueError, match="no samples"):
+        order([])
+
+
+# --- The data -----------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_mapped_to_minus_one_to_one_and_flips_mirror(images):
+    plain, mirrored = images[SampleRef(3, flip=False)], images[SampleRef(3, flip=True)]
+    assert plain["label"] == 30
+    assert plain["image"].dtype == torch.float32
+    torch.testing.assert_close(plain["image"][0], torch.full((4, 4), 3 / 127.5 - 1))
+    torch.testing.assert_close(plain["image"][1, 0], torch.tensor([0.0, 50.0, 100.0, 255.0]) / 127.5 - 1)
+    assert (plain["image"].min(), plain["image"].max()) == (-1, 1)
+    assert torch.equal(mirrored["image"], plain["image"].flip(-1))
+
+
+def test_moments_are_split_into_mean_and_std(tmp_path):
+    moments = np.arange(2 * 3 * 2 * 2, dtype=np.float16).reshape(6, 2, 2)
+    dataset = latents(tmp_path / "set", moments)
+    sample = dataset[SampleRef(0, flip=False)]
+    assert sample["label"] == -1
+    assert sample["mean"].dtype == sample["std"].dtype == torch.float32
+    np.testing.assert_array_equal(sample["mean"], moments[:3])
+    np.testing.assert_array_equal(sample["std"], moments[3:])
+    with pytest.raises(ValueError, match="no latents of mirrored images"):
+        dataset[SampleRef(0, flip=True)]
+
+
+def test_a_flip_takes_the_moments_of_the_mirrored_image(tmp_path):
+    both = np.random.default_rng(0).standard_normal((2, 4, 3, 3)).astype(np.float32)
+    dataset = latents(tmp_path / "set", both)
+    for flip in (False, True):
+        sample = dataset[SampleRef(0, flip)]
+        np.testing.assert_array_equal(np.concatenate([sample["mean"], sample["std"]]), both[int(flip)])
+
+
+def test_pickles_are_not_loaded(tmp_path):
+    dataset = latents(tmp_path / "set", np.array([{"an": "object"}], dtype=object))
+    with pytest.raises(UserError, match=r"sample 000000000 cannot .* \(ValueError: Object arrays cannot be"):
+        dataset[SampleRef(0, flip=False)]
+
+
+def test_a_set_of_the_wrong_kind_is_refused(tmp_path, images):
+    with pytest.raises(UserError, match="holds images, but latents are needed"):
+        LatentDataset(images.shards)
+    with pytest.raises(UserError, match="holds images, but latents are needed"):
+        latents(tmp_path / "set", np.zeros(1), kind="images")
+
+
+# --- The batches --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_batches_follow_the_order_whatever_the_workers(images, num_workers):
+    batches = training_batches(images, order(images.shards.shard_sizes), num_workers)
+    for refs, batch in zip(take(order(images.shards.shard_sizes), 6), batches):
+        assert batch["label"].tolist() == [10 * ref.index for ref in refs]
+        assert torch.equal(batch["image"], torch.stack([images[ref]["image"] for ref in refs]))
+
+
+def test_loading_leaves_the_global_random_generator_alone(images):
+    before = torch.get_rng_state()
+    next(training_batches(images, order(images.shards.shard_sizes), num_workers=0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 9), st.integers(1, 5), st.none() | st.integers(1, 9))
+def test_sequential_batches_give_every_sample_to_one_rank(batch_size, world_size, limit):
+    class Indices(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 7
+
+        def __getitem__(self, ref: SampleRef) -> int:
+            assert not ref.flip
+            return ref.index
+
+    seen = []
+    for rank in range(world_size):
+        batches = list(
+            sequential_batches(Indices(), batch_size, rank=rank, world_size=world_size, limit=limit)  # type: ignore
+        )
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+        seen += [index for batch in batches for index in batch.tolist()]
+    assert seen == list(range(min(limit or 7, 7)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_corrupt_image_is_named_in_one_line(tmp_path, num_workers):
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        writer.write({"png": b"not a png"})
+    dataset = ImageDataset(ShardSet.open(tmp_path / "set"))
+    with pytest.raises(UserError) as caught:
+        next(sequential_batches(dataset, 1, num_workers=num_workers))
+    shard = tmp_path / "set" / "shard-000000.tar"
+    assert str(caught.value).startswith(f"{shard}, sample 000000000 cannot be decoded")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data_prep import shards
+from data_prep.shards import Manifest, ShardSet, ShardWriter
+from ldgan.engine.cli import UserError
+
+
+def content(index: int) -> dict[str, bytes]:
+    return {"png": bytes([index]) * (index + 1), "cls": str(index).encode()}
+
+
+def write(out: Path, num_samples: int = 10, samples_per_shard: int = 4) -> Manifest:
+    with ShardWriter(out, "images", samples_per_shard=samples_per_shard, details={"seed": 1}) as writer:
+        for index in range(num_samples):
+            writer.write(content(index))
+    return writer.manifest
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def replace_shard(folder: Path, members: list[tarfile.TarInfo]) -> None:
+    """Put other members into the first shard, padded to the size that the manifest promises."""
+    path = folder / "shard-000000.tar"
+    size = path.stat().st_size
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            tar.addfile(member, io.BytesIO(bytes(member.size)))
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
+
+
+def test_what_was_written_is_read_by_index(tmp_path):
+    write(tmp_path / "set")
+    samples = ShardSet.open(tmp_path / "set")
+    assert samples.shard_sizes == [4, 4, 2]
+    assert len(samples) == 10
+    for index in (9, 0, 4, 3, 8, 0):
+        assert samples.read(index) == content(index)
+    for index in (-1, 10):
+        with pytest.raises(IndexError):
+            samples.read(index)
+
+
+def test_the_manifest_tells_what_lies_on_the_disk(tmp_path):
+    manifest = write(tmp_path / "set")
+    assert manifest == Manifest.read(tmp_path / "set")
+    for shard in manifest.shards:
+        data = (tmp_path / "set" / shard.name).read_bytes()
+        assert (shard.num_bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert manifest.num_samples == sum(shard.num_samples for shard in manifest.shards) == 10
+    assert manifest.details == {"seed": 1}
+    assert not manifest.has_captions
+
+
+def test_equal_samples_give_equal_bytes_and_others_another_fingerprint(tmp_path):
+    first, again, shorter = (write(tmp_path / name, num) for name, num in (("a", 10), ("b", 10), ("c", 9)))
+    assert first.shards == again.shards
+    assert first.fingerprint == again.fingerprint != shorter.fingerprint
+
+
+def test_other_tools_read_the_shards(tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    write(tmp_path / "set")
+    pattern = str(tmp_path / "set" / "shard-{000000..000002}.tar")
+    samples = list(webdataset.WebDataset(pattern, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{index:09d}" for index in range(10)]
+    assert all(sample["png"] == content(index)["png"] for index, sample in enumerate(samples))
+
+
+def test_one_caption_is_enough_for_has_captions(tmp_path):
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        writer.write({"png": b"x"})
+        writer.write({"png": b"x", "txt": "größer".encode()})
+    assert writer.manifest.has_captions
+    assert ShardSet.open(tmp_path / "set").read(1)["txt"].decode() == "größer"
+
+
+def test_a_pickled_set_reads_the_same(tmp_path):
+    write(tmp_path / "set")
+    samples = ShardSet.open(tmp_path / "set")
+    samples.read(5)
+    assert pickle.loads(pickle.dumps(samples)).read(5) == content(5)
+
+
+def test_no_more_than_the_allowed_number_of_shards_stays_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_OPEN_SHARDS", 2)
+    write(tmp_path / "set", samples_per_shard=1)
+    samples = ShardSet.open(tmp_path / "set")
+    for index in range(10):
+        samples.read(index)
+        assert len(samples._open_shards) <= 2
+    assert samples.read(0) == content(0)
+
+
+# --- Writing that ends badly --------------------------------------------------------------------------------
+
+
+def test_after_an_exception_nothing_is_left(tmp_path):
+    def interrupted() -> None:
+        with ShardWriter(tmp_path / "set", "images", samples_per_shard=2) as writer:
+            for index in range(3):
+                writer.write(content(index))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_seen_under_the_final_name_before_the_end(tmp_path):
+    with ShardWriter(tmp_path / "set", "images", samples_per_shard=1) as writer:
+        writer.write(content(0))
+        writer.write(content(1))
+        assert not (tmp_path / "set").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_output_that_exists_is_left_alone(tmp_path):
+    manifest = write(tmp_path / "set")
+    with pytest.raises(UserError, match="exists already"):
+        write(tmp_path / "set", num_samples=3)
+    assert Manifest.read(tmp_path / "set") == manifest
+
+
+def test_a_set_without_samples_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a single sample"):
+        write(tmp_path / "set", num_samples=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot create .*file/set"):
+        write(tmp_path / "file" / "set")
+
+
+# --- Sets that are damaged ----------------------------------------------------------------------------------
+
+
+def test_a_folder_without_manifest_is_not_a_set(tmp_path):
+    with pytest.raises(UserError, match=r"no .*manifest.json.*data_prep/make_shards.py"):
+        ShardSet.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"format": "ldgan-shards/9"}, '"format" is not "ldgan-shards/1"'),
+        ({"kind": "sounds"}, '"kind" is none of'),
+        ({"num_samples": 11}, "not the sum"),
+        ({"shards": []}, "without samples"),
+        ({"surprise": 1}, "surprise"),
+        (
+            {
+                "num_samples": 1,
+                "shards": [{"name": "../x.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}],
+            },
+            "'../x.tar' is no shard's name",
+        ),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, changes, complaint):
+    write(tmp_path / "set")
+    edit_manifest(tmp_path / "set", **changes)
+    with pytest.raises(UserError, match="is not a valid manifest") as caught:
+        ShardSet.open(tmp_path / "set")
+    assert complaint in str(caught.value)
+
+
+def test_missing_and_cut_shards_are_found_at_once(tmp_path):
+    write(tmp_path / "set")
+    shard = tmp_path / "set" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match=r"shard-000001.tar is missing or damaged \(.* bytes instead of"):
+        ShardSet.open(tmp_path / "set")
+    shard.unlink()
+    with pytest.raises(UserError, match=r"shard-000001.tar is missing or damaged \(No such file"):
+        ShardSet.open(tmp_path / "set")
+
+
+def test_a_shard_cut_while_in_use_is_named(tmp_path):
+    write(tmp_path / "set")
+    samples = ShardSet.open(tmp_path / "set")
+    shard = tmp_path / "set" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"shard-000001.tar is missing or damaged .*write the shards again"):
+        samples.read(4)
+
+
+def test_a_shard_with_fewer_samples_than_promised_is_named(tmp_path):
+    write(tmp_path / "set")
+    replace_shard(tmp_path / "set", [tarfile.TarInfo(f"{index:09d}.png") for index in range(3)])
+    with pytest.raises(UserError, match=r"shard-000000.tar .*not the 4 that the manifest lists"):
+        ShardSet.open(tmp_path / "set").read(0)
+
+
+@pytest.mark.parametrize("name", ["../000000000.png", "/etc/passwd", "000000000.exe", "0.png", "cat.png"])
+def test_members_of_other_names_are_refused(tmp_path, name):
+    write(tmp_path / "set")
+    replace_shard(tmp_path / "set", [tarfile.TarInfo(name)])
+    with pytest.raises(UserError, match="unexpected member"):
+        ShardSet.open(tmp_path / "set").read(0)
+
+
+def test_links_are_refused(tmp_path):
+    write(tmp_path / "set")
+    link = tarfile.TarInfo("000000000.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    replace_shard(tmp_path / "set", [link])
+    with pytest.raises(UserError, match="unexpected member"):
+        ShardSet.open(tmp_path / "set").read(0)

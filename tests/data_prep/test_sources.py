@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.images import encode_image, read_rgb, resize_and_crop
+from data_prep.sources import ImageFolder, StackedMNIST, load_digits
+from ldgan.engine.cli import UserError
+
+RED = (255, 0, 0)
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    image = read_rgb(path)
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+# --- Folders ------------------------------------------------------------------------------------------------
+
+
+def test_first_level_folders_are_classes_in_sorted_order_at_any_depth(tmp_path):
+    for name in ("zebra/1.png", "ant/deep/er/2.JPG", "ant/3.webp"):
+        save(tmp_path / name, Image.new("RGB", (4, 4)))
+    (tmp_path / "empty").mkdir()
+    source = ImageFolder(tmp_path)
+    assert source.class_names == ["ant", "zebra"]
+    assert {sample.name: sample.label for sample in source} == {
+        "zebra/1.png": 1,
+        "ant/deep/er/2.JPG": 0,
+        "ant/3.webp": 0,
+    }
+
+
+def test_a_flat_folder_has_no_labels_and_hidden_or_other_files_are_left_out(tmp_path):
+    for name in ("a.png", ".hidden.png", ".cache/b.png"):
+        save(tmp_path / name, Image.new("RGB", (4, 4)))
+    (tmp_path / "notes.md").write_text("no image")
+    source = ImageFolder(tmp_path)
+    assert source.class_names is None
+    assert [(sample.name, sample.label) for sample in source] == [("a.png", None)]
+
+
+def test_the_text_file_beside_an_image_is_its_caption(tmp_path):
+    save(tmp_path / "a.b.png", Image.new("RGB", (4, 4)))
+    save(tmp_path / "c.png", Image.new("RGB", (4, 4)))
+    (tmp_path / "a.b.txt").write_text("a caption")
+    captions = {sample.name: sample.caption_file for sample in ImageFolder(tmp_path)}
+    assert captions == {"a.b.png": tmp_path / "a.b.txt", "c.png": None}
+
+
+def test_the_order_is_a_permutation_drawn_from_the_seed(tmp_path):
+    names = [f"{number:02d}.png" for number in range(20)]
+    for name in names:
+        save(tmp_path / name, Image.new("L", (1, 1)))
+    orders = {seed: [sample.name for sample in ImageFolder(tmp_path, seed)] for seed in (0, 1)}
+    assert sorted(orders[0]) == sorted(orders[1]) == names
+    assert orders[0] != orders[1] != names
+    assert [sample.name for sample in ImageFolder(tmp_path, 0)] == orders[0]
+    assert [sample.name for sample in ImageFolder(tmp_path, 0, num_images=5)] == orders[0][:5]
+
+
+def test_folders_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        ImageFolder(tmp_path / "missing")
+    with pytest.raises(UserError, match="holds no images"):
+        ImageFolder(tmp_path)
+    save(tmp_path / "loose.png", Image.new("L", (1, 1)))
+    save(tmp_path / "cats" / "1.png", Image.new("L", (1, 1)))
+    with pytest.raises(UserError, match=r"1 image\(s\) beside its class folders \(loose.png, say\)"):
+        ImageFolder(tmp_path)
+
+
+# --- Pixels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (255, 0, 0, 255), RED),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),  # a fifth of black over white
+    ],
+)
+def test_any_mode_becomes_rgb_over_white(tmp_path, mode, colour, expected):
+    assert pixel(save(tmp_path / "x.png", Image.new(mode, (3, 3), colour))) == expected
+
+
+def test_palettes_keep_colour_and_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    assert pixel(save(tmp_path / "opaque.png", image), 1) == (0, 0, 255)
+    path = save(tmp_path / "clear.png", image, transparency=1)
+    assert pixel(path, 0) == RED
+    assert pixel(path, 1) == (255, 255, 255)
+
+
+def test_cmyk_jpegs_are_converted(tmp_path):
+    path = save(tmp_path / "x.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), quality=100)
+    assert np.abs(np.subtract(pixel(path), RED)).max() <= 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    wide = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    image = read_rgb(save(tmp_path / "x.png", Image.fromarray(wide)))
+    np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 1, 128, 255])
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    path = save(tmp_path / "x.tif", Image.fromarray(np.zeros((2, 2), np.float32)))
+    with pytest.raises(ValueError, match="no agreed range"):
+        read_rgb(path)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (2, 1), "blue")
+    image.putpixel((0, 0), RED)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: show it turned clockwise
+    upright = read_rgb(save(tmp_path / "x.png", image, exif=exif))
+    assert upright.size == (1, 2)
+    assert upright.getpixel((0, 0)) == RED
+
+
+def test_the_crop_is_central_and_the_right_size_is_left_alone():
+    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(resize_and_crop(Image.fromarray(pixels), 8), pixels)
+    wide = np.concatenate([np.zeros_like(pixels), pixels, np.zeros_like(pixels)], axis=1)
+    np.testing.assert_array_equal(resize_and_crop(Image.fromarray(wide), 8), pixels)
+
+
+def test_downscaling_is_antialiased():
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255  # picking every eighth column would give black or white
+    small = np.asarray(resize_and_crop(Image.fromarray(stripes), 8))
+    assert np.abs(small.astype(int) - 127.5).max() < 8
+
+
+def test_only_lossy_formats_lose():
+    pixels = np.random.default_rng(0).integers(256, size=(16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    sizes = {quality: len(encode_image(image, "jpg", quality)) for quality in (50, 95)}
+    assert sizes[50] < sizes[95]
+    assert encode_image(image, "png", 1) == encode_image(image, "png", 100)
+
+
+# --- Stacked MNIST ------------------------------------------------------------------------------------------
+
+
+def test_digits_are_padded_with_zeros():
+    images, labels = load_digits()
+    assert images.shape == (5000, 32, 32)
+    assert images.dtype == np.uint8
+    assert images[:, 2:30, 2:30].max() == 255
+    assert images.sum() == images[:, 2:30, 2:30].sum(dtype=np.int64)
+    assert labels.dtype == np.int64
+    np.testing.assert_array_equal(np.bincount(labels), np.full(10, 500))
+
+
+def test_channels_are_digits_and_the_label_reads_them_as_a_number():
+    digits, digit_labels = load_digits()
+    by_pixels = {digit.tobytes(): label for digit, label in zip(digits, digit_labels)}
+    for sample in StackedMNIST(num_images=50, seed=3):
+        red, green, blue = (by_pixels[sample.image[..., channel].tobytes()] for channel in range(3))
+        assert sample.label == 100 * red + 10 * green + blue
+
+
+def test_a_stacked_image_depends_on_seed_and_number_alone():
+    few, many, other = (list(StackedMNIST(*arguments)) for arguments in ((10, 7), (100, 7), (10, 8)))
+    assert all(np.array_equal(a.image, b.image) and a.label == b.label for a, b in zip(few, many))
+    assert [sample.label for sample in few] != [sample.label for sample in other]
+
+
+def test_torchvision_digits_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match="--digits-root"):
+        load_digits("torchvision")
+    with pytest.raises(UserError, match=str(tmp_path / "MNIST" / "raw")):
+        load_digits("torchvision", tmp_path)
