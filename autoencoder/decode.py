@@ -80,7 +80,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the PNG files")
     parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="images per forward pass (default: 256)"
+        "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
     )
     return parser.parse_args()
 

@@ -81,7 +81,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the latent shards")
     parser.add_argument("--flips", action="store_true", help="also encode the mirror image of every image")
     parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="images per forward pass (default: 256)"
+        "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     return parser.parse_args()

@@ -21,7 +21,7 @@ from autoencoder.latent_statistics import accumulate_moments
 from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
 from autoencoder.training import AutoencoderTrainer, LossConfig
-from data_prep.loader import ImageDataset, TrainingOrder, sequential_batches, training_batches
+from data_prep.loader import ImageDataset, batches_of_run, sequential_batches
 from data_prep.shards import ShardSet
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import Stateful
@@ -73,25 +73,14 @@ def main() -> None:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
 
-    num_micro_batches, micro_batch_size = config.run.micro_batches(accelerator.num_processes)
-    order = TrainingOrder(
-        data.shards.shard_sizes,
-        micro_batch_size=micro_batch_size,
-        num_micro_batches=num_micro_batches,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        seed=config.run.seed,
-        first_step=session.first_step,
-        flips=config.flips,
-    )
-    batches = training_batches(data, order, config.run.num_workers)
+    batches = batches_of_run(data, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = AutoencoderTrainer(
         accelerator,
         autoencoder,
         optimizer,
         ema,
         loss=config.loss,
-        num_micro_batches=num_micro_batches,
+        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
         batch_size=config.run.batch_size,
         seed=config.run.seed,
     )

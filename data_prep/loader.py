@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_prep.images import IMAGE_FORMATS
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
+from ldgan.engine.session import RunConfig
 
 # What a random generator is for: the last word of its seed, so that no two uses share a stream.
 _SHARD_ORDER, _SAMPLE_ORDER, _FLIPS = range(3)
@@ -200,6 +202,24 @@ def _check_kind(shards: ShardSet, kind: str) -> None:
 def _undecodable(shards: ShardSet, index: int, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}"
     return UserError(f"{shards.locate(index)} cannot be decoded ({reason}); restore the shard or write it again")
+
+
+def batches_of_run(
+    dataset: ImageDataset | LatentDataset, run: RunConfig, accelerator: Accelerator, *, first_step: int, flips: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's micro-batches of a run from after ``first_step`` on; see `TrainingOrder`."""
+    num_micro_batches, micro_batch_size = run.micro_batches(accelerator.num_processes)
+    order = TrainingOrder(
+        dataset.shards.shard_sizes,
+        micro_batch_size=micro_batch_size,
+        num_micro_batches=num_micro_batches,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        seed=run.seed,
+        first_step=first_step,
+        flips=flips,
+    )
+    return training_batches(dataset, order, run.num_workers)
 
 
 def training_batches(

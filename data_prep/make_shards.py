@@ -82,10 +82,7 @@ def prepare_all(prepare_chunk: PrepareChunk, samples: Iterable[RawSample], num_w
     """Yield every prepared sample in the order of ``samples``, whatever the number of worker processes."""
     chunks = _chunks(samples, CHUNK_SAMPLES)
     done: Iterator[list[Prepared]]
-    if num_workers == 1:
-        done = map(prepare_chunk, chunks)
-    else:
-        done = _map_in_workers(prepare_chunk, chunks, num_workers)
+    done = map(prepare_chunk, chunks) if num_workers == 1 else _map_in_workers(prepare_chunk, chunks, num_workers)
     return itertools.chain.from_iterable(done)
 
 

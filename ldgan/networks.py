@@ -7,6 +7,7 @@ random z through a mapping network; the discriminator is a time-dependent residu
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,6 +102,9 @@ class Generator(nn.Module):
                 self.up[f"{side}x{side}_up"] = block(width, width, side, "up")
         self.norm_out = AdaptiveGroupNorm(width, embedding_dim)
         self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+        initialise(self)
+        for layer in residual_outputs(self):
+            nn.init.zeros_(layer.weight)  # every residual branch starts as nothing
 
     def forward(self, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """``x_t`` (B, C, s, s), ``z`` (B, z_dim) ~ N(0, I), ``t`` int64 (B,) in 1..T -> x_0 (B, C, s, s)."""
@@ -115,6 +119,13 @@ class Generator(nn.Module):
         for name, block in self.up.items():
             x = block(x if name.endswith("_up") else torch.cat([x, skips.pop()], dim=1), time, style)
         return self.conv_out(F.silu(self.norm_out(x, style))).float()
+
+
+def residual_outputs(generator: Generator) -> list[nn.Conv2d]:
+    """The last convolution of each residual branch and attention."""
+    modules = list(generator.modules())
+    blocks = [module.conv2 for module in modules if isinstance(module, UNetBlock)]
+    return blocks + [module.out for module in modules if isinstance(module, SelfAttention)]
 
 
 class UNetBlock(nn.Module):
@@ -136,7 +147,7 @@ class UNetBlock(nn.Module):
         self.time = nn.Linear(embedding_dim, out_channels)
         self.norm2 = AdaptiveGroupNorm(out_channels, embedding_dim)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_initialised(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.attention = SelfAttention(out_channels) if attention else nn.Identity()
 
@@ -168,7 +179,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_initialised(nn.Conv2d(channels, channels, 1))
+        self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, positions, C) each
@@ -182,7 +193,7 @@ class MappingNetwork(nn.Module):
     def __init__(self, z_dim: int, embedding_dim: int, num_layers: int) -> None:
         super().__init__()
         dims = [z_dim] + [embedding_dim] * num_layers
-        self.layers = nn.ModuleList([nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:])])
+        self.layers = nn.ModuleList([nn.Linear(i, o) for i, o in itertools.pairwise(dims)])
 
     def forward(self, z: Tensor) -> Tensor:
         style = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)  # PixelNorm, as in StyleGAN
@@ -220,6 +231,7 @@ class Discriminator(nn.Module):
         )
         self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)  # + 1: minibatch stddev
         self.logit = nn.Linear(widths[-1], 1)
+        initialise(self)
 
     def forward(self, x_previous: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """``x_previous``, ``x_t`` (B, C, s, s), ``t`` int64 (B,) in 1..T -> logits (B,)."""
@@ -282,9 +294,14 @@ def num_groups(channels: int) -> int:
     )
 
 
-def zero_initialised(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same layer with all parameters zero, so that a residual branch starts as nothing."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+def initialise(network: nn.Module) -> None:
+    """Xavier initialisation of all weights, biases zero, as in DDPM and NCSN++ (variance scaling by fan average).
+
+    PyTorch's own default shrinks a signal about threefold in each layer. A discriminator has no normalisation
+    to make up for it: it would start as a constant and stay one for hundreds of steps.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ldgan.data import DataSource
 from ldgan.diffusion import Diffusion
 from ldgan.engine.accumulation import micro_batch_weight, micro_batches
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
-from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss
+from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss, sigmoid_decay
 from ldgan.networks import Discriminator, Generator
 
 
@@ -32,6 +33,10 @@ class LossConfig:
     l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
     l1_only_steps: int = option(0, "first steps, in which the generator trains on L1 alone")
     discriminator_only_steps: int = option(0, "steps after those, in which only the discriminator trains")
+
+    def l1_weight_at(self, progress: float) -> float:
+        """Weight of the L1 term at ``progress``, 0 to 1, of the run (Trinh and Hamagami, 2024)."""
+        return self.l1_weight_final + (self.l1_weight - self.l1_weight_final) * sigmoid_decay(progress)
 
 
 class DiffusionGANTrainer:
@@ -63,6 +68,24 @@ class DiffusionGANTrainer:
         self._reduced_generator = accelerator.prepare(generator)
         self._reduced_discriminator = accelerator.prepare(discriminator)
         self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+
+    def step(
+        self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]], progress: float
+    ) -> dict[str, Tensor]:
+        """Take step number ``step``, at ``progress`` (0 to 1) of the run; return the detached loss terms.
+
+        Both players train on the same x_0, but each draws t and noise of its own.
+        """
+        x_0 = [source.x_0(next(batches), self._random("x_0", step, number)) for number in self._micro_batches()]
+        terms: dict[str, Tensor] = {}
+        adversarial = step > self._loss.l1_only_steps
+        if adversarial:
+            terms |= self.discriminator_step(step, x_0)
+        if step <= self._loss.l1_only_steps or step > self._loss.l1_only_steps + self._loss.discriminator_only_steps:
+            terms |= self.generator_step(
+                step, x_0, self._loss.l1_weight_at(progress) if adversarial else 1.0, adversarial
+            )
+        return terms
 
     def discriminator_step(self, step: int, batches: list[Tensor]) -> dict[str, Tensor]:
         """Train the discriminator on this process's micro-batches of x_0; the generator takes no gradient."""
@@ -125,8 +148,8 @@ class DiffusionGANTrainer:
         x_0_estimate = generator(x_t, z, t)
         return self._diffusion.posterior_sample(x_0_estimate, x_t, t, noise_like(x_t, random)), x_0_estimate
 
-    def _micro_batches(self, model: nn.Module) -> Iterator[int]:
-        return micro_batches(self._accelerator, self._num_micro_batches, model)
+    def _micro_batches(self, *models: nn.Module) -> Iterator[int]:
+        return micro_batches(self._accelerator, self._num_micro_batches, *models)
 
     def _random(self, player: str, step: int, micro_batch: int) -> torch.Generator:
         """The random numbers of one player's micro-batch; nothing else draws from them."""

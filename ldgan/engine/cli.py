@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -14,6 +15,14 @@ class UserError(Exception):
     The message is one line that says what was wrong, where, and what to do. Commands print it without a
     traceback and exit with status 2.
     """
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def run(main: Callable[[], None]) -> NoReturn:

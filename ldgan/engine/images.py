@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -44,3 +45,10 @@ def save_png(path: Path, image: Tensor) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def load_png(path: Path) -> Tensor:
+    """Read what `save_png` wrote: a uint8 image (C, H, W), C = 1 or 3."""
+    with Image.open(path) as image:
+        pixels = np.array(image)
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())

@@ -1,0 +1,134 @@
+"""Sample from a trained diffusion GAN: numbered PNG files and a grid, or latents to decode later."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
+    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from autoencoder.latents import describe_latents, pack_moments
+from data_prep.shards import ShardWriter
+from ldgan.engine import cli
+from ldgan.engine.files import new_folder, temporary_name
+from ldgan.engine.images import image_grid, load_png, save_png
+from ldgan.engine.progress import progress_bar
+from ldgan.engine.session import make_accelerator
+from ldgan.loading import TrainedModel, load_model
+
+GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
+
+EXAMPLES = """
+examples:
+  accelerate launch ldgan/sample.py --checkpoint runs/gan --num-images 64 --out samples/png
+  accelerate launch ldgan/sample.py --checkpoint runs/gan/checkpoints/step_000001000 --num-images 64 --out samples/early
+  accelerate launch ldgan/sample.py --checkpoint runs/gan --num-images 10000 --out samples/latents --save latents
+  python autoencoder/decode.py --autoencoder runs/ae --latents samples/latents --out samples/png
+
+Image number i is made from seed --seed + i, whatever the batch size and the number of processes.
+"""
+
+
+def main() -> None:
+    """Sample, decode, write."""
+    flags = parse_flags()
+    accelerator = make_accelerator(flags.precision)
+    model = load_model(flags.checkpoint, accelerator.device)
+    if flags.save == "latents" and model.autoencoder is None:
+        raise cli.UserError(f"{flags.checkpoint}: works on pixels and has no latents to save; leave out --save latents")
+    if flags.out.exists():
+        raise cli.UserError(f"{flags.out}: exists already; choose another --out")
+    started = time.monotonic()
+    save = save_latents if flags.save == "latents" else save_images
+    save(accelerator, model, flags)
+    seconds = time.monotonic() - started
+    accelerator.print(f"{flags.num_images:,} {flags.save} in {flags.out} ({flags.num_images / seconds:,.1f} a second)")
+
+
+def save_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace) -> None:
+    """Write ``000000000.png``, ... and a grid of the first ones; every process writes its own images."""
+    made_here = new_folder(flags.out) if accelerator.is_main_process else nullcontext(temporary_name(flags.out))
+    with made_here as folder:
+        accelerator.wait_for_everyone()  # until the folder is there
+        with ThreadPoolExecutor() as pool:  # zlib works beside the networks
+            for numbers, x_0 in samples(accelerator, model, flags):
+                with accelerator.autocast():
+                    images = model.decode(x_0)
+                list(pool.map(save_png, [folder / image_name(number) for number in numbers], images))
+        accelerator.wait_for_everyone()  # until all images are there
+        if accelerator.is_main_process:
+            first = [load_png(folder / image_name(number)) for number in range(min(flags.num_images, MAX_GRID_IMAGES))]
+            save_png(folder / GRID_FILE, image_grid(torch.stack(first), columns=math.ceil(math.sqrt(len(first)))))
+
+
+def image_name(number: int) -> str:
+    """File name of image ``number``."""
+    return f"{number:09d}.png"
+
+
+def save_latents(accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace) -> None:
+    """Write latent shards whose posteriors are points, std 0, for autoencoder/decode.py."""
+    assert model.autoencoder is not None
+    details = describe_latents(model.autoencoder, model.resolution, flips=False) | {"seed": flags.seed}
+    if accelerator.num_processes > 1:
+        raise cli.UserError("--save latents writes from one process; launch it with --num_processes 1")
+    with ShardWriter(flags.out, "latents", details=details) as writer:
+        for _, x_0 in samples(accelerator, model, flags):
+            for moments in torch.cat([x_0, torch.zeros_like(x_0)], dim=1).cpu():
+                writer.write(pack_moments(moments, label=-1))
+
+
+def samples(
+    accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield this process's image numbers and samples of x_0, batch by batch, with a progress bar."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    first, end = (flags.num_images * number // world_size for number in (rank, rank + 1))
+    with progress_bar("sampling", end - first, "images", enabled=rank == 0) as bar:
+        for start in range(first, end, flags.batch_size):
+            numbers = list(range(start, min(start + flags.batch_size, end)))
+            with accelerator.autocast():
+                x_0 = model.sample([flags.seed + number for number in numbers])
+            yield numbers, x_0
+            bar.advance(len(numbers))
+
+
+def parse_flags() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="RUN", help="a run of ldgan/train.py, or a checkpoint in it"
+    )
+    parser.add_argument("--num-images", type=cli.positive, required=True, metavar="N", help="how many images")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for what is written")
+    parser.add_argument(
+        "--save", choices=("images", "latents"), default="images", help="PNG files, or latent shards (default: images)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks (default: fp32)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)

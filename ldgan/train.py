@@ -1,0 +1,167 @@
+"""Train a denoising diffusion GAN on latents or pixels: stage 2."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
+    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
+from autoencoder.networks import AutoencoderKL
+from data_prep.loader import batches_of_run
+from ldgan.data import DataSource, open_source
+from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.engine import cli
+from ldgan.engine.checkpoint import Stateful
+from ldgan.engine.command import parse_command, training_parser
+from ldgan.engine.config import MISSING, option
+from ldgan.engine.ema import EMA
+from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
+from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.loading import (
+    AUTOENCODER_FOLDER,
+    KIND,
+    WEIGHTS,
+    TrainedModel,
+    build_discriminator,
+    build_generator,
+)
+from ldgan.networks import DiscriminatorConfig, GeneratorConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig
+
+NUM_PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 16
+
+EXAMPLES = """
+accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
+accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml num_timesteps=2 run.dir=runs/T2
+accelerate launch ldgan/train.py data=data/images run.dir=runs/pixels        (without --latent: on pixels)
+accelerate launch --cpu --num_processes 2 ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
+"""
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run of stage 2 depends on."""
+
+    data: str = option(MISSING, "folder of latent shards, or of image shards (encoded on the fly with latent=true)")
+    latent: bool = option(False, "train on latents of `autoencoder`; the flag --latent sets it")
+    autoencoder: str | None = option(None, "finished run of autoencoder/train.py; needed with latent=true")
+    flips: bool = option(False, "mirror half of the images; latent shards must hold the mirror images")
+    num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
+    run: RunConfig = option(RunConfig(), "")
+    generator: GeneratorConfig = option(GeneratorConfig(), "")
+    discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "")
+    loss: LossConfig = option(LossConfig(), "")
+    generator_optimizer: OptimizerConfig = option(OptimizerConfig(beta1=0.5, beta2=0.9), "")
+    discriminator_optimizer: OptimizerConfig = option(OptimizerConfig(beta1=0.5, beta2=0.9), "")
+    ema_halflife_images: int = option(20_000, "images in which the weights' average forgets half of the past")
+
+    def validate(self) -> None:
+        """Raise a UserError for settings that contradict each other."""
+        if not 1 <= self.num_timesteps <= 8:
+            raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to 8")
+        if self.latent and self.autoencoder is None:
+            raise cli.UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
+
+
+def main() -> None:
+    """Train and save."""
+    parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
+    parser.add_argument("--latent", action="store_const", const="latent=true", help="train on latents (latent=true)")
+    _, config = parse_command(parser, TrainConfig)
+    accelerator = make_accelerator(config.run.precision)
+    set_seed(config.run.seed)
+    autoencoder = None
+    if config.latent and config.autoencoder is not None:
+        autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
+    source = open_source(config.data, autoencoder)
+    accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
+
+    diffusion = Diffusion(vp_betas(config.num_timesteps))
+    generator = build_generator(config.generator, source.shape).to(accelerator.device)
+    discriminator = build_discriminator(config.discriminator, source.shape).to(accelerator.device)
+    generator_optimizer = adamw(generator.parameters(), config.generator_optimizer)
+    discriminator_optimizer = adamw(discriminator.parameters(), config.discriminator_optimizer)
+    ema = EMA(generator, config.ema_halflife_images, rampup_ratio=0.05)
+    things: dict[str, Stateful] = {
+        "generator": generator,
+        WEIGHTS: ema,
+        "discriminator": discriminator,
+        "generator_optimizer": generator_optimizer,
+        "discriminator_optimizer": discriminator_optimizer,
+    }
+    session = Session(accelerator, config, things, describe_run(source, autoencoder))
+    if session.finished:
+        accelerator.print(f"{config.run.dir}: finished before; nothing to do")
+        return
+    keep_autoencoder(accelerator, config.autoencoder if config.latent else None, session.run.path)
+
+    batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
+    trainer = DiffusionGANTrainer(
+        accelerator,
+        diffusion,
+        generator,
+        discriminator,
+        generator_optimizer,
+        discriminator_optimizer,
+        ema,
+        loss=config.loss,
+        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
+        batch_size=config.run.batch_size,
+        seed=config.run.seed,
+    )
+    resolution = source.dataset.shards.manifest.details["resolution"]
+    model = TrainedModel(ema.model, diffusion, autoencoder, source.shape, resolution)
+    for step in session.steps():
+        set_learning_rate(generator_optimizer, learning_rate(config.generator_optimizer, step, config.run.num_steps))
+        set_learning_rate(
+            discriminator_optimizer, learning_rate(config.discriminator_optimizer, step, config.run.num_steps)
+        )
+        session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
+        if session.wants_preview(step):
+            with accelerator.autocast():
+                previews = model.decode(model.sample(list(range(NUM_PREVIEW_IMAGES))))
+            session.preview(step, "samples", previews, PREVIEW_COLUMNS)
+
+    session.finish({})
+    accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
+
+
+def describe_run(source: DataSource, autoencoder: AutoencoderKL | None) -> dict:
+    """What a checkpoint tells about itself besides config and progress."""
+    manifest = source.dataset.shards.manifest
+    data = {
+        "folder": str(source.dataset.shards.folder),
+        "kind": manifest.kind,
+        "fingerprint": manifest.fingerprint,
+        "num_samples": manifest.num_samples,
+        "seconds": manifest.seconds,
+    }
+    return {
+        "kind": KIND,
+        "data_shape": list(source.shape),
+        "resolution": manifest.details["resolution"],
+        "data": data,
+        "autoencoder": fingerprint(autoencoder) if autoencoder is not None else None,
+    }
+
+
+def keep_autoencoder(accelerator: Accelerator, autoencoder: str | None, run: Path) -> None:
+    """Copy the autoencoder into the run, so that the run alone can make images."""
+    folder = run / AUTOENCODER_FOLDER
+    if autoencoder is not None and accelerator.is_main_process and not folder.exists():
+        copy_autoencoder(Path(autoencoder), folder)
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    cli.run(main)
