@@ -39,7 +39,7 @@ NUM_PREVIEW_IMAGES = 16
 EXAMPLES = """
 accelerate launch autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
 accelerate launch autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml data=data/mine run.dir=runs/mine
-accelerate launch --cpu --num_processes 2 autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
+torchrun --nproc_per_node 2 autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
 """
 
 

@@ -62,11 +62,11 @@ DataSource: TypeAlias = StoredLatents | EncodedImages | Pixels
 """Has ``dataset``, the ``shape`` of x_0, a ``description``, and turns a batch of the dataset into x_0."""
 
 
-def open_source(folder: str, autoencoder: AutoencoderKL | None) -> DataSource:
+def open_source(folder: str, autoencoder: AutoencoderKL | None, *, flips: bool = False) -> DataSource:
     """Open a shard set for training on latents of ``autoencoder`` or, without one, on pixels.
 
     Raises:
-        UserError: latent shards without an autoencoder, or of another one.
+        UserError: latent shards without an autoencoder, or of another one, or for ``flips`` without mirror images.
     """
     shards = ShardSet.open(folder)
     details = shards.manifest.details
@@ -76,6 +76,8 @@ def open_source(folder: str, autoencoder: AutoencoderKL | None) -> DataSource:
         return Pixels(ImageDataset(shards), (3, details["resolution"], details["resolution"]))
     if shards.manifest.kind == "latents":
         check_latents(shards, autoencoder)
+        if flips and not details["flips"]:
+            raise UserError(f"{folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
         channels, side, _ = details["latent_shape"]
         return StoredLatents(LatentDataset(shards), (channels, side, side))
     return EncodedImages(ImageDataset(shards), autoencoder.latent_shape(details["resolution"]), autoencoder)

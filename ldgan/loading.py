@@ -65,7 +65,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
     folder = resolve_checkpoint(path)
     description = read_description(folder)
     if description.get("kind") != KIND:
-        raise UserError(f"{path}: holds a {description.get('kind')}, not a {KIND}; give a run of ldgan/train.py")
+        raise UserError(f"{path}: holds an {description.get('kind')}, not a {KIND}; give a run of ldgan/train.py")
     config = description["config"]
     channels, side, _ = description["data_shape"]
     generator = build_generator(from_dict(GeneratorConfig, config["generator"], str(folder)), (channels, side, side))

@@ -44,7 +44,7 @@ EXAMPLES = """
 accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
 accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml num_timesteps=2 run.dir=runs/T2
 accelerate launch ldgan/train.py data=data/images run.dir=runs/pixels        (without --latent: on pixels)
-accelerate launch --cpu --num_processes 2 ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
+torchrun --nproc_per_node 2 ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
 """
 
 
@@ -76,14 +76,16 @@ class TrainConfig:
 def main() -> None:
     """Train and save."""
     parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
-    parser.add_argument("--latent", action="store_const", const="latent=true", help="train on latents (latent=true)")
-    _, config = parse_command(parser, TrainConfig)
+    parser.add_argument("--latent", action="store_true", help="train on latents, the same as latent=true")
+    # Read as the setting that it stands for, so that --dry-run, the checks and the run's config see it too.
+    arguments = ["latent=true" if argument == "--latent" else argument for argument in sys.argv[1:]]
+    _, config = parse_command(parser, TrainConfig, arguments)
     accelerator = make_accelerator(config.run.precision)
     set_seed(config.run.seed)
     autoencoder = None
     if config.latent and config.autoencoder is not None:
         autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
-    source = open_source(config.data, autoencoder)
+    source = open_source(config.data, autoencoder, flips=config.flips)
     accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
 
     diffusion = Diffusion(vp_betas(config.num_timesteps))

@@ -71,7 +71,9 @@ MAY_CHANGE = (
 
 def make_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
     """The accelerator of this process, on whatever `accelerate launch` chose."""
-    return Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    # Said outright, since two processes without an accelerator would otherwise not find each other.
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
 
 
 class Session:

@@ -1,0 +1,170 @@
+"""Seconds per training step of both stages, and images per second of sampling and decoding.
+
+    python tests/benchmarks/speed.py
+    python tests/benchmarks/speed.py --autoencoder configs/autoencoder/stacked_mnist_full.yaml \\
+        --ldgan configs/ldgan/stacked_mnist_full.yaml --threads 1
+
+Networks and batch sizes come from the configs, weights and data are random. Medians over --repeats, after a
+warm-up, with the interquartile range behind them. Let nothing else run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from autoencoder.loading import build_autoencoder
+from autoencoder.networks import AutoencoderKL
+from autoencoder.train import TrainConfig as AutoencoderTrainConfig
+from autoencoder.training import AutoencoderTrainer
+from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.engine import cli
+from ldgan.engine.config import load_config
+from ldgan.engine.ema import EMA
+from ldgan.engine.optimization import adamw
+from ldgan.engine.session import make_accelerator
+from ldgan.loading import TrainedModel, build_discriminator, build_generator
+from ldgan.train import TrainConfig
+from ldgan.training import DiffusionGANTrainer
+
+NUM_SAMPLES = 500
+
+
+def main() -> None:
+    """Time the stages and print a table."""
+    flags = parse_flags()
+    torch.set_num_threads(flags.threads)
+    first = load_config(AutoencoderTrainConfig, flags.autoencoder, [])
+    second = load_config(TrainConfig, flags.ldgan, [])
+    accelerator = make_accelerator(second.run.precision)
+    autoencoder = build_autoencoder(first.network).to(accelerator.device)
+
+    table = Table(
+        title=f"{torch.get_num_threads()} threads, {accelerator.device}, {platform.machine()}, torch {torch.__version__}"
+    )
+    for column in ("what", "batch", "precision", "seconds (median)", "interquartile range", "images/s"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+
+    def add(what: str, batch: int, work: Callable[[], object]) -> None:
+        times = timed(work, flags.repeats)
+        lower, median, upper = statistics.quantiles(times, n=4)
+        row = (f"{median:.3f}", f"{upper - lower:.3f}", f"{batch / median:,.0f}")
+        table.add_row(what, str(batch), second.run.precision, *row)
+
+    add("autoencoder step", first.run.batch_size, autoencoder_step(accelerator, autoencoder, first, flags.resolution))
+    data_shape = autoencoder.latent_shape(flags.resolution)
+    gan_step, model = diffusion_gan(accelerator, autoencoder, second, data_shape, flags.resolution)
+    add("diffusion GAN step, both players", second.run.batch_size, gan_step)
+
+    def in_precision(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            with accelerator.autocast():
+                return work()
+
+        return run
+
+    latents = torch.randn(NUM_SAMPLES, *data_shape, device=accelerator.device)
+    add(
+        f"sampling latents, T = {second.num_timesteps}",
+        NUM_SAMPLES,
+        in_precision(lambda: model.sample(list(range(NUM_SAMPLES)))),
+    )
+    add("decoding", NUM_SAMPLES, in_precision(lambda: model.decode(latents)))
+    Console(width=120).print(table)
+
+
+def timed(work: Callable[[], object], repeats: int, warmup: int = 3) -> list[float]:
+    """Wall-clock seconds of ``repeats`` runs after ``warmup`` untimed ones."""
+    times = []
+    for _ in range(warmup + repeats):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times[warmup:]
+
+
+def autoencoder_step(
+    accelerator: Accelerator, autoencoder: AutoencoderKL, config: AutoencoderTrainConfig, resolution: int
+) -> Callable[[], object]:
+    """One training step of stage 1 on random images."""
+    trainer = AutoencoderTrainer(
+        accelerator,
+        autoencoder,
+        adamw(autoencoder.parameters(), config.optimizer),
+        EMA(autoencoder, config.ema_halflife_images, rampup_ratio=0.05),
+        loss=config.loss,
+        num_micro_batches=1,
+        batch_size=config.run.batch_size,
+        seed=0,
+    )
+    batch = {"image": torch.rand(config.run.batch_size, 3, resolution, resolution) * 2 - 1}
+    steps = itertools.count(1)
+    return lambda: trainer.step(next(steps), iter([batch]))
+
+
+def diffusion_gan(
+    accelerator: Accelerator,
+    autoencoder: AutoencoderKL,
+    config: TrainConfig,
+    data_shape: tuple[int, int, int],
+    resolution: int,
+) -> tuple[Callable[[], object], TrainedModel]:
+    """One step of both players on random latents (the lazy penalty in its turn), and the model to sample from."""
+    generator = build_generator(config.generator, data_shape).to(accelerator.device)
+    discriminator = build_discriminator(config.discriminator, data_shape).to(accelerator.device)
+    diffusion = Diffusion(vp_betas(config.num_timesteps))
+    ema = EMA(generator, config.ema_halflife_images, rampup_ratio=0.05)
+    trainer = DiffusionGANTrainer(
+        accelerator,
+        diffusion,
+        generator,
+        discriminator,
+        adamw(generator.parameters(), config.generator_optimizer),
+        adamw(discriminator.parameters(), config.discriminator_optimizer),
+        ema,
+        loss=config.loss,
+        num_micro_batches=1,
+        batch_size=config.run.batch_size,
+        seed=0,
+    )
+    x_0 = [torch.randn(config.run.batch_size, *data_shape, device=accelerator.device)]
+    steps = itertools.count(1)
+
+    def both_players() -> None:
+        step = next(steps)
+        trainer.discriminator_step(step, x_0)
+        trainer.generator_step(step, x_0, l1_weight=0.1, adversarial=True)
+
+    return both_players, TrainedModel(ema.model, diffusion, autoencoder.eval(), data_shape, resolution)
+
+
+def parse_flags() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--autoencoder", type=Path, default=Path("configs/autoencoder/stacked_mnist.yaml"), metavar="FILE"
+    )
+    parser.add_argument("--ldgan", type=Path, default=Path("configs/ldgan/stacked_mnist.yaml"), metavar="FILE")
+    parser.add_argument(
+        "--resolution", type=cli.positive, default=32, help="side of the images in pixels (default: 32)"
+    )
+    parser.add_argument("--repeats", type=cli.positive, default=30, help="timed runs of each (default: 30)")
+    parser.add_argument("--threads", type=cli.positive, default=os.cpu_count(), help="CPU threads (default: all cores)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)

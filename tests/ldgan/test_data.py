@@ -1,0 +1,72 @@
+"""Where x_0 comes from: the same latents, stored or encoded on the fly, and errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoder.latents import describe_latents, pack_moments
+from autoencoder.networks import AutoencoderKL
+from data_prep.shards import ShardWriter
+from ldgan.data import EncodedImages, Pixels, StoredLatents, open_source
+from ldgan.engine.cli import UserError
+
+
+def new_autoencoder(seed: int) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    autoencoder = AutoencoderKL(
+        image_channels=3,
+        latent_channels=2,
+        base_channels=4,
+        channel_multipliers=[1, 1],
+        num_res_blocks=1,
+        mid_attention=False,
+        dropout=0.0,
+    )
+    autoencoder.set_latent_statistics(torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.1]))
+    return autoencoder.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def autoencoder() -> AutoencoderKL:
+    return new_autoencoder(0)
+
+
+@pytest.fixture
+def latent_shards(tmp_path: Path, autoencoder: AutoencoderKL) -> str:
+    """One latent sample of an 8-pixel image."""
+    folder = tmp_path / "latents"
+    with ShardWriter(folder, "latents", details=describe_latents(autoencoder, 8, flips=False)) as writer:
+        writer.write(pack_moments(torch.ones(4, 4, 4), label=-1))
+    return str(folder)
+
+
+def test_stored_and_fresh_posteriors_give_the_same_x_0(autoencoder: AutoencoderKL) -> None:
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    posterior = autoencoder.encode(images)
+    random = [torch.Generator().manual_seed(5) for _ in range(2)]
+    stored = StoredLatents(None, (2, 4, 4)).x_0({"mean": posterior.mean, "std": posterior.std}, random[0])
+    fresh = EncodedImages(None, (2, 4, 4), autoencoder).x_0({"image": images}, random[1])
+    torch.testing.assert_close(stored, fresh)
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(stored, posterior.mean + posterior.std * noise)
+
+
+def test_pixels_are_the_images_themselves() -> None:
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(Pixels(None, (3, 8, 8)).x_0({"image": images}, torch.Generator()), images)
+
+
+def test_latent_shards_open_with_their_autoencoder(latent_shards: str, autoencoder: AutoencoderKL) -> None:
+    source = open_source(latent_shards, autoencoder)
+    assert isinstance(source, StoredLatents)
+    assert source.shape == (2, 4, 4)
+
+
+def test_latent_shards_refuse_no_autoencoder_and_another_one(latent_shards: str) -> None:
+    with pytest.raises(UserError, match="holds latents; give --latent and autoencoder=RUN"):
+        open_source(latent_shards, None)
+    with pytest.raises(UserError, match="latents of another autoencoder"):
+        open_source(latent_shards, new_autoencoder(1))

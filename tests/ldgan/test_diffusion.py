@@ -1,0 +1,126 @@
+"""The diffusion process against its closed forms, derived once more here in float64 NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ldgan.diffusion import Diffusion, vp_betas
+
+NUM_STEPS = [1, 2, 4, 8]
+
+
+def paper_schedule(num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(b_t, abar_t) for t = 1..T from the variance of the variance-preserving SDE at T + 1 times."""
+    s = 1e-3 + (1 - 1e-3) * np.arange(num_steps + 1) / num_steps
+    variance = 1 - np.exp(-(s**2) * (20 - 0.1) / 2 - s * 0.1)
+    betas = 1 - (1 - variance[1:]) / (1 - variance[:-1])
+    return betas, np.array([np.prod(1 - betas[: t + 1]) for t in range(num_steps)])
+
+
+def steps(t: int, batch_size: int) -> torch.Tensor:
+    return torch.full((batch_size,), t)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_betas_and_alphas_bar_equal_the_paper(num_steps: int) -> None:
+    betas, alphas_bar = paper_schedule(num_steps)
+    diffusion = Diffusion(vp_betas(num_steps))
+    assert diffusion.num_steps == num_steps
+    np.testing.assert_allclose(diffusion.betas[1:].numpy(), betas, rtol=1e-9)
+    np.testing.assert_allclose(diffusion.alphas_bar[1:].numpy(), alphas_bar, rtol=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_the_last_noise_level_is_the_same_for_every_number_of_steps(num_steps: int) -> None:
+    # The betas telescope: abar_T = (1 - var(1)) / (1 - var(epsilon)).
+    expected = np.exp(-10.05 + 0.5e-6 * 19.9 + 1e-4)
+    assert Diffusion(vp_betas(num_steps)).alphas_bar[-1].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_entry_0_of_every_table_stands_for_data() -> None:
+    diffusion = Diffusion(vp_betas(4))
+    assert diffusion.alphas_bar[0] == 1
+    x_0, noise = torch.randn(2, 3, 5)
+    assert torch.equal(diffusion.diffuse(x_0, steps(0, 3), noise), x_0)
+
+
+def test_custom_betas_give_the_products_of_their_alphas() -> None:
+    diffusion = Diffusion(torch.tensor([0.1, 0.5, 1.0]))
+    torch.testing.assert_close(diffusion.alphas_bar, torch.tensor([1, 0.9, 0.45, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("num_steps", "t"), [(2, 2), (4, 2), (4, 3), (4, 4), (8, 5)])
+def test_posterior_is_the_normalised_product_of_two_gaussians(num_steps: int, t: int) -> None:
+    # As functions of x_{t-1}: q(x_{t-1} | x_0) q(x_t | x_{t-1}), where precisions add.
+    betas, alphas_bar = paper_schedule(num_steps)
+    beta, previous_bar = betas[t - 1], alphas_bar[t - 2]
+    x_0, x_t = torch.randn(2, 6, 3, dtype=torch.float64, generator=torch.manual_seed(0))
+    precision = 1 / (1 - previous_bar) + (1 - beta) / beta
+    weighted = np.sqrt(previous_bar) / (1 - previous_bar) * x_0 + np.sqrt(1 - beta) / beta * x_t
+
+    diffusion = Diffusion(vp_betas(num_steps))
+    mean = diffusion.posterior_sample(x_0, x_t, steps(t, 6), torch.zeros_like(x_0))
+    one_sigma_up = diffusion.posterior_sample(x_0, x_t, steps(t, 6), torch.ones_like(x_0))
+    torch.testing.assert_close(mean, weighted / precision, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one_sigma_up - mean, torch.full_like(mean, precision**-0.5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+def test_the_posterior_at_t_1_is_x_0_whatever_the_noise(num_steps: int) -> None:
+    x_0, x_t, noise = torch.randn(3, 5, 2, generator=torch.manual_seed(0))
+    assert torch.equal(Diffusion(vp_betas(num_steps)).posterior_sample(x_0, x_t, steps(1, 5), 1e3 * noise), x_0)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+def test_both_ways_to_a_pair_have_the_same_joint_distribution(t: int) -> None:
+    # x_{t-1} from x_0 and x_t from it; or x_t from x_0 and x_{t-1} from the posterior. Both jointly Gaussian.
+    num_samples, value = 100_000, 1.5
+    diffusion = Diffusion(vp_betas(4))
+    noise = torch.randn(4, num_samples, dtype=torch.float64, generator=torch.manual_seed(t))
+    x_0, t_batch = torch.full((num_samples,), value, dtype=torch.float64), steps(t, num_samples)
+    forward = torch.stack(diffusion.pair(x_0, t_batch, noise[0], noise[1]))
+    x_t = diffusion.diffuse(x_0, t_batch, noise[2])
+    backward = torch.stack([diffusion.posterior_sample(x_0, x_t, t_batch, noise[3]), x_t])
+
+    previous_bar, bar, alpha = diffusion.alphas_bar[t - 1], diffusion.alphas_bar[t], diffusion.alphas[t]
+    mean = value * torch.stack([previous_bar, bar]).sqrt()
+    covariance = alpha.sqrt() * (1 - previous_bar)
+    covariances = torch.stack([1 - previous_bar, covariance, covariance, 1 - bar]).reshape(2, 2)
+    for pair in (forward, backward):
+        torch.testing.assert_close(pair.mean(dim=1), mean, rtol=0, atol=5 * num_samples**-0.5)
+        torch.testing.assert_close(torch.cov(pair), covariances, rtol=0, atol=5 * (2 / num_samples) ** 0.5)
+
+
+def test_pair_has_the_marginals_of_diffuse() -> None:
+    # x_t of a pair is linear in x_0 and two noises; its weights must add up to those of `diffuse`.
+    diffusion, t = Diffusion(vp_betas(8)), torch.arange(1, 9)
+    one, zero = torch.ones(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    _, of_x_0 = diffusion.pair(one, t, zero, zero)
+    _, of_first_noise = diffusion.pair(zero, t, one, zero)
+    _, of_second_noise = diffusion.pair(zero, t, zero, one)
+    torch.testing.assert_close(of_x_0, diffusion.diffuse(one, t, zero))
+    torch.testing.assert_close(of_first_noise.square() + of_second_noise.square(), 1 - diffusion.alphas_bar[1:])
+
+
+def test_every_sample_has_its_own_t() -> None:
+    diffusion, t = Diffusion(vp_betas(4)), torch.tensor([3, 1, 4])
+    x_0, x_t, noise = torch.randn(3, 3, 2, 4, 4, generator=torch.manual_seed(0))
+    batch = diffusion.posterior_sample(x_0, x_t, t, noise)
+    for i in range(3):
+        row = slice(i, i + 1)
+        assert torch.equal(diffusion.posterior_sample(x_0[row], x_t[row], t[row], noise[row]), batch[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_results_have_the_dtype_of_the_samples(dtype: torch.dtype) -> None:
+    diffusion, t, x = Diffusion(vp_betas(2)), torch.tensor([1, 2]), torch.ones(2, 3, dtype=dtype)
+    results = [diffusion.diffuse(x, t, x), *diffusion.pair(x, t, x, x), diffusion.posterior_sample(x, x, t, x)]
+    assert [result.dtype for result in results] == [dtype] * 4
+
+
+@pytest.mark.parametrize("betas", [[0.0, 0.5], [0.5, 1.1], [0.5, -0.1], [float("nan")], [[0.5]]])
+def test_betas_outside_of_0_to_1_are_refused(betas: list) -> None:
+    with pytest.raises(ValueError, match=r"betas must be a vector with values in \(0, 1\]"):
+        Diffusion(torch.tensor(betas))

@@ -1,0 +1,77 @@
+"""Losses of the game at points where their values are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss, sigmoid_decay
+
+
+def test_an_undecided_discriminator_costs_log_2_for_each_term() -> None:
+    zero = torch.zeros(3)
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * math.log(2))
+    assert generator_loss(zero).item() == pytest.approx(math.log(2))
+
+
+def test_losses_at_given_logits() -> None:
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, -3.0])
+    log1pexp = [math.log1p(math.exp(x)) for x in (-2.0, 1.0, 0.5, -3.0)]
+    assert discriminator_loss(real, fake).item() == pytest.approx(sum(log1pexp) / 2)
+    assert generator_loss(fake).item() == pytest.approx((math.log1p(math.exp(-0.5)) + math.log1p(math.exp(3.0))) / 2)
+
+
+def test_losses_are_binary_cross_entropies() -> None:
+    real, fake = torch.randn(2, 100, generator=torch.manual_seed(0)) * 5
+    cross_entropy = F.binary_cross_entropy_with_logits
+    expected = cross_entropy(real, torch.ones(100)) + cross_entropy(fake, torch.zeros(100))
+    torch.testing.assert_close(discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(generator_loss(fake), cross_entropy(fake, torch.ones(100)))
+
+
+def test_the_generators_gradient_does_not_vanish_where_the_discriminator_is_sure() -> None:
+    logit = torch.tensor([-50.0], requires_grad=True)
+    generator_loss(logit).backward()
+    assert logit.grad is not None
+    assert logit.grad.item() == pytest.approx(-1.0)
+
+
+def test_the_penalty_of_a_linear_discriminator_is_its_squared_norm() -> None:
+    weight = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+    x = torch.randn(5, 3, requires_grad=True)
+    penalty = gradient_penalty(x @ weight, x)
+    assert penalty.item() == pytest.approx(1 + 4 + 9)
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, 2 * weight.detach())  # it was differentiated a second time
+
+
+def test_the_penalty_of_a_quadratic_discriminator() -> None:
+    # D(x) = x^T A x / 2 with symmetric A: the gradient in x is A x, sample by sample.
+    random = torch.manual_seed(0)
+    A = torch.randn(4, 4, generator=random)
+    A = (A + A.T).requires_grad_()
+    x = torch.randn(6, 1, 2, 2, generator=random, requires_grad=True)
+    flat = x.flatten(1)
+    penalty = gradient_penalty(0.5 * ((flat @ A) * flat).sum(dim=1), x)
+    expected = (flat @ A).square().sum(dim=1).mean()
+    torch.testing.assert_close(penalty, expected)
+    (gradient,) = torch.autograd.grad(penalty, A)
+    S = (flat.T @ flat / 6).detach()
+    torch.testing.assert_close(gradient, A.detach() @ S + S @ A.detach())  # of tr(A S A), S = E x x^T, A symmetric
+
+
+def test_reconstruction_is_the_mean_absolute_error() -> None:
+    assert reconstruction_loss(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])).item() == pytest.approx(2.0)
+
+
+def test_sigmoid_decay_at_its_ends_and_in_the_middle() -> None:
+    assert sigmoid_decay(0.0) == pytest.approx(1 / (1 + math.exp(-5)))
+    assert sigmoid_decay(0.5) == 0.5
+    assert sigmoid_decay(1.0) == pytest.approx(1 / (1 + math.exp(5)))
+    assert sigmoid_decay(0.25, midpoint=0.25, sharpness=100) == 0.5
+    values = [sigmoid_decay(i / 20) for i in range(21)]
+    assert values == sorted(values, reverse=True)
+    assert all(a + b == pytest.approx(1) for a, b in zip(values, reversed(values)))
