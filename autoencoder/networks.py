@@ -261,10 +261,14 @@ class Upsample(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with up to 32 groups of at least four channels.
+    """GroupNorm with `num_groups`."""
+    return nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+
+
+def num_groups(channels: int) -> int:
+    """Up to 32 groups of at least four channels.
 
     Groups of a single channel would be instance norms, which forget how strong each channel is: with them a
     small autoencoder needs several times as long to learn colours.
     """
-    num_groups = next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))
-    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+    return next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))

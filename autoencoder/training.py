@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder.losses import kl_loss, reconstruction_loss
 from autoencoder.networks import AutoencoderKL
-from ldgan.engine.accumulation import micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator
@@ -55,14 +55,15 @@ class AutoencoderTrainer:
         """Take step number ``step`` on this process's share of the batch; return the detached loss terms."""
         self._optimizer.zero_grad(set_to_none=True)
         weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
+        terms = []
         for number in micro_batches(self._accelerator, self._num_micro_batches, self._forward):
             images = next(batches)["image"].to(self._accelerator.device)
             noise = generator(images.device, self._seed, "posterior", step, number)
-            terms = self.losses(images, noise)
-            self._accelerator.backward(weight * terms["loss"])
+            terms.append(self.losses(images, noise))
+            self._accelerator.backward(weight * terms[-1]["loss"])
         self._optimizer.step()
         self._ema.update(self._autoencoder, self._batch_size, step * self._batch_size)
-        return {name: term.detach() for name, term in terms.items()}
+        return mean_terms(terms)
 
     def losses(self, images: Tensor, noise: torch.Generator) -> dict[str, Tensor]:
         """The loss of images (B, C, H, W) in [-1, 1] and its terms, scalars."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.networks import num_groups
 from ldgan.engine.config import option
 
 
@@ -285,13 +286,6 @@ def append_minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:
     groups = x.float().reshape(size, batch // size, channels, height, width)
     stddev = (groups.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=(1, 2, 3))  # (batch / size,)
     return torch.cat([x, stddev.to(x.dtype).repeat(size).reshape(batch, 1, 1, 1).expand(-1, 1, height, width)], dim=1)
-
-
-def num_groups(channels: int) -> int:
-    """As many groups as divide the channels, at most 32 and with at least four channels each."""
-    return next(
-        groups for groups in (32, 16, 8, 4, 2, 1) if (channels % groups == 0 and channels // groups >= 4) or groups == 1
-    )
 
 
 def initialise(network: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ldgan.data import DataSource
 from ldgan.diffusion import Diffusion
-from ldgan.engine.accumulation import micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
@@ -93,12 +93,13 @@ class DiffusionGANTrainer:
         self._discriminator_optimizer.zero_grad(set_to_none=True)
         weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         penalise = step % self._loss.r1_every_steps == 0
+        terms = []
         for number, x_0 in zip(self._micro_batches(self._reduced_discriminator), batches):
-            terms = self.discriminator_losses(x_0, self._random("discriminator", step, number), penalise)
+            terms.append(self.discriminator_losses(x_0, self._random("discriminator", step, number), penalise))
             # One backward for both terms: a second one would not be averaged over processes.
-            self._accelerator.backward(weight * sum(terms.values()))
+            self._accelerator.backward(weight * sum(terms[-1].values()))
         self._discriminator_optimizer.step()
-        return {name: term.detach() for name, term in terms.items()}
+        return mean_terms(terms)
 
     def generator_step(
         self, step: int, batches: list[Tensor], l1_weight: float, adversarial: bool
@@ -107,13 +108,14 @@ class DiffusionGANTrainer:
         self._discriminator.requires_grad_(False)
         self._generator_optimizer.zero_grad(set_to_none=True)
         weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
+        terms = []
         for number, x_0 in zip(self._micro_batches(self._reduced_generator), batches):
-            terms = self.generator_losses(x_0, self._random("generator", step, number), adversarial)
-            loss = terms["l1"] * l1_weight + terms.get("generator", 0.0)
+            terms.append(self.generator_losses(x_0, self._random("generator", step, number), adversarial))
+            loss = l1_weight * terms[-1]["l1"] + terms[-1].get("generator", 0.0)
             self._accelerator.backward(weight * loss)
         self._generator_optimizer.step()
         self._ema.update(self._generator, self._batch_size, step * self._batch_size)
-        return {name: term.detach() for name, term in terms.items()}
+        return mean_terms(terms)
 
     def discriminator_losses(self, x_0: Tensor, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
         """Adversarial loss and, with ``penalise``, the weighted R1 penalty on real pairs."""

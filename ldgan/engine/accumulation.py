@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
+import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 
 def micro_batches(accelerator: Accelerator, num_micro_batches: int, *models: nn.Module) -> Iterator[int]:
@@ -28,3 +29,8 @@ def micro_batches(accelerator: Accelerator, num_micro_batches: int, *models: nn.
 def micro_batch_weight(accelerator: Accelerator, num_micro_batches: int) -> float:
     """What makes gradients, summed over micro-batches and averaged over processes, the mean over micro-batches."""
     return accelerator.num_processes / num_micro_batches
+
+
+def mean_terms(micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The loss terms of this process's micro-batches, scalars, averaged by name and detached."""
+    return {name: torch.stack([terms[name].detach() for terms in micro_batches]).mean() for name in micro_batches[0]}

@@ -51,7 +51,7 @@ def main() -> None:
     autoencoder = build_autoencoder(first.network).to(accelerator.device)
 
     table = Table(
-        title=f"{torch.get_num_threads()} threads, {accelerator.device}, {platform.machine()}, torch {torch.__version__}"
+        title=f"{flags.threads} threads, {accelerator.device}, {platform.machine()}, torch {torch.__version__}"
     )
     for column in ("what", "batch", "precision", "seconds (median)", "interquartile range", "images/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
