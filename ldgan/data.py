@@ -17,16 +17,17 @@ from ldgan.engine.cli import UserError
 
 @dataclass
 class StoredLatents:
-    """Standardised posteriors from latent shards; each read draws a new sample."""
+    """Standardised posteriors from latent shards; each read draws a new sample, or takes the mean."""
 
     dataset: LatentDataset
     shape: tuple[int, int, int]
+    sample_posterior: bool
     description: str = "latents read from latent shards"
 
     def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
-        """Sample the posteriors of the batch."""
+        """Sample the posteriors of the batch, or take their means."""
         mean, std = batch["mean"].to(noise.device), batch["std"].to(noise.device)
-        return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
+        return draw(mean, std, noise) if self.sample_posterior else mean
 
 
 @dataclass
@@ -35,14 +36,15 @@ class EncodedImages:
 
     dataset: ImageDataset
     shape: tuple[int, int, int]
+    sample_posterior: bool
     autoencoder: AutoencoderKL
     description: str = "image shards, encoded on the fly (autoencoder/encode.py would do it once)"
 
     @torch.no_grad()
     def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
-        """Encode the batch and sample the posteriors."""
+        """Encode the batch and sample the posteriors, or take their means."""
         posterior = self.autoencoder.encode(batch["image"].to(noise.device))
-        return posterior.sample(torch.randn(posterior.mean.shape, generator=noise, device=noise.device))
+        return draw(posterior.mean, posterior.std, noise) if self.sample_posterior else posterior.mean
 
 
 @dataclass
@@ -58,11 +60,18 @@ class Pixels:
         return batch["image"].to(noise.device)
 
 
+def draw(mean: Tensor, std: Tensor, noise: torch.Generator) -> Tensor:
+    """A sample of N(mean, std^2), in their shape."""
+    return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
+
+
 DataSource: TypeAlias = StoredLatents | EncodedImages | Pixels
 """Has ``dataset``, the ``shape`` of x_0, a ``description``, and turns a batch of the dataset into x_0."""
 
 
-def open_source(folder: str, autoencoder: AutoencoderKL | None, *, flips: bool = False) -> DataSource:
+def open_source(
+    folder: str, autoencoder: AutoencoderKL | None, *, flips: bool = False, sample_posterior: bool = True
+) -> DataSource:
     """Open a shard set for training on latents of ``autoencoder`` or, without one, on pixels.
 
     Raises:
@@ -79,5 +88,6 @@ def open_source(folder: str, autoencoder: AutoencoderKL | None, *, flips: bool =
         if flips and not details["flips"]:
             raise UserError(f"{folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
         channels, side, _ = details["latent_shape"]
-        return StoredLatents(LatentDataset(shards), (channels, side, side))
-    return EncodedImages(ImageDataset(shards), autoencoder.latent_shape(details["resolution"]), autoencoder)
+        return StoredLatents(LatentDataset(shards), (channels, side, side), sample_posterior)
+    shape = autoencoder.latent_shape(details["resolution"])
+    return EncodedImages(ImageDataset(shards), shape, sample_posterior, autoencoder)

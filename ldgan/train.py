@@ -10,10 +10,11 @@ if __name__ == "__main__":
     # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.optim import Optimizer
 
 from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
@@ -36,7 +37,7 @@ from ldgan.loading import (
     build_generator,
 )
 from ldgan.networks import DiscriminatorConfig, GeneratorConfig
-from ldgan.training import DiffusionGANTrainer, LossConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig
 
 NUM_PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 16
 
@@ -56,11 +57,14 @@ class TrainConfig:
     latent: bool = option(False, "train on latents of `autoencoder`; the flag --latent sets it")
     autoencoder: str | None = option(None, "finished run of autoencoder/train.py; needed with latent=true")
     flips: bool = option(False, "mirror half of the images; latent shards must hold the mirror images")
+    sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
     num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
+    timestep_weights: list[float] = option([], "how often t = 1..T is drawn in training, in proportion; []: uniformly")
     run: RunConfig = option(RunConfig(), "")
     generator: GeneratorConfig = option(GeneratorConfig(), "")
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
+    phases: PhasesConfig = option(PhasesConfig(), "")
     generator_optimizer: OptimizerConfig = option(OptimizerConfig(beta1=0.5, beta2=0.9), "")
     discriminator_optimizer: OptimizerConfig = option(OptimizerConfig(beta1=0.5, beta2=0.9), "")
     ema_halflife_images: int = option(20_000, "images in which the weights' average forgets half of the past")
@@ -69,6 +73,11 @@ class TrainConfig:
         """Raise a UserError for settings that contradict each other."""
         if not 1 <= self.num_timesteps <= 8:
             raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to 8")
+        if self.phases.pretraining_steps > 0 and self.loss.l1_weight == 0 and self.loss.energy_weight == 0:
+            raise cli.UserError("phases.pretraining_steps needs a loss: set loss.l1_weight or loss.energy_weight")
+        weights = self.timestep_weights
+        if weights and (len(weights) != self.num_timesteps or min(weights) < 0 or sum(weights) == 0):
+            raise cli.UserError(f"timestep_weights is {weights}; give one weight >= 0 for each of t = 1..T, or none")
         if self.latent and self.autoencoder is None:
             raise cli.UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
 
@@ -76,16 +85,17 @@ class TrainConfig:
 def main() -> None:
     """Train and save."""
     parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
-    parser.add_argument("--latent", action="store_true", help="train on latents, the same as latent=true")
-    # Read as the setting that it stands for, so that --dry-run, the checks and the run's config see it too.
-    arguments = ["latent=true" if argument == "--latent" else argument for argument in sys.argv[1:]]
-    _, config = parse_command(parser, TrainConfig, arguments)
+    # Appended to the settings that it stands for, so that --dry-run, the checks and the run's config see it too.
+    parser.add_argument(
+        "--latent", dest="overrides", action="append_const", const="latent=true", help="train on latents: latent=true"
+    )
+    _, config = parse_command(parser, TrainConfig)
     accelerator = make_accelerator(config.run.precision)
     set_seed(config.run.seed)
     autoencoder = None
     if config.latent and config.autoencoder is not None:
         autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
-    source = open_source(config.data, autoencoder, flips=config.flips)
+    source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
     accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
 
     diffusion = Diffusion(vp_betas(config.num_timesteps))
@@ -117,6 +127,8 @@ def main() -> None:
         discriminator_optimizer,
         ema,
         loss=config.loss,
+        phases=config.phases,
+        timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
         num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
         batch_size=config.run.batch_size,
         seed=config.run.seed,
@@ -124,10 +136,7 @@ def main() -> None:
     resolution = source.dataset.shards.manifest.details["resolution"]
     model = TrainedModel(ema.model, diffusion, autoencoder, source.shape, resolution)
     for step in session.steps():
-        set_learning_rate(generator_optimizer, learning_rate(config.generator_optimizer, step, config.run.num_steps))
-        set_learning_rate(
-            discriminator_optimizer, learning_rate(config.discriminator_optimizer, step, config.run.num_steps)
-        )
+        set_learning_rates(config, step, generator_optimizer, discriminator_optimizer)
         session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
         if session.wants_preview(step):
             with accelerator.autocast():
@@ -136,6 +145,20 @@ def main() -> None:
 
     session.finish({})
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
+
+
+def set_learning_rates(
+    config: TrainConfig, step: int, generator_optimizer: Optimizer, discriminator_optimizer: Optimizer
+) -> None:
+    """Set the rates of step 1..num_steps; pretraining and the game each have a schedule from warm-up to decay."""
+    num_pretraining_steps, num_steps = config.phases.pretraining_steps, config.run.num_steps
+    if step <= num_pretraining_steps:
+        pretraining = replace(config.generator_optimizer, lr=config.phases.pretraining_lr)
+        set_learning_rate(generator_optimizer, learning_rate(pretraining, step, num_pretraining_steps))
+        return
+    game = (step - num_pretraining_steps, num_steps - num_pretraining_steps)
+    set_learning_rate(generator_optimizer, learning_rate(config.generator_optimizer, *game))
+    set_learning_rate(discriminator_optimizer, learning_rate(config.discriminator_optimizer, *game))
 
 
 def describe_run(source: DataSource, autoencoder: AutoencoderKL | None) -> dict:

@@ -6,7 +6,7 @@ Xiao et al. (arXiv 2112.07804), section 4: for t uniform on 1..T, the discrimina
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,14 @@ from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batc
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
-from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss, sigmoid_decay
+from ldgan.losses import (
+    discriminator_loss,
+    energy_score,
+    generator_loss,
+    gradient_penalty,
+    reconstruction_loss,
+    sigmoid_decay,
+)
 from ldgan.networks import Discriminator, Generator
 
 
@@ -31,12 +38,20 @@ class LossConfig:
     r1_every_steps: int = option(15, "steps from one R1 penalty to the next")
     l1_weight: float = option(0.0, "weight of the L1 distance between the x_0 estimate and x_0 at the start")
     l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
-    l1_only_steps: int = option(0, "first steps, in which the generator trains on L1 alone")
-    discriminator_only_steps: int = option(0, "steps after those, in which only the discriminator trains")
+    energy_weight: float = option(0.0, "weight of the energy score of two x_0 estimates; costs a second forward pass")
 
     def l1_weight_at(self, progress: float) -> float:
         """Weight of the L1 term at ``progress``, 0 to 1, of the run (Trinh and Hamagami, 2024)."""
         return self.l1_weight_final + (self.l1_weight - self.l1_weight_final) * sigmoid_decay(progress)
+
+
+@dataclass
+class PhasesConfig:
+    """A run may start with the generator alone, then the discriminator alone; the game of both follows."""
+
+    pretraining_steps: int = option(0, "first steps: the generator alone, on its L1 and energy terms")
+    pretraining_lr: float = option(1e-3, "peak learning rate of the generator in those steps")
+    discriminator_only_steps: int = option(0, "steps after those: the discriminator alone")
 
 
 class DiffusionGANTrainer:
@@ -53,11 +68,14 @@ class DiffusionGANTrainer:
         ema: EMA,
         *,
         loss: LossConfig,
+        phases: PhasesConfig,
+        timestep_weights: Sequence[float],
         num_micro_batches: int,
         batch_size: int,
         seed: int,
     ) -> None:
-        self._accelerator, self._diffusion, self._ema, self._loss = accelerator, diffusion, ema, loss
+        self._accelerator, self._diffusion, self._ema = accelerator, diffusion, ema
+        self._loss, self._phases = loss, phases
         self._generator, self._discriminator = generator, discriminator
         self._generator_optimizer, self._discriminator_optimizer = (
             generator_optimizer,
@@ -67,6 +85,7 @@ class DiffusionGANTrainer:
         # through its wrapper; the other player only serves there, as the bare network.
         self._reduced_generator = accelerator.prepare(generator)
         self._reduced_discriminator = accelerator.prepare(discriminator)
+        self._timestep_weights = torch.tensor(timestep_weights, device=accelerator.device)
         self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
 
     def step(
@@ -77,14 +96,12 @@ class DiffusionGANTrainer:
         Both players train on the same x_0, but each draws t and noise of its own.
         """
         x_0 = [source.x_0(next(batches), self._random("x_0", step, number)) for number in self._micro_batches()]
+        game_step = step - self._phases.pretraining_steps
         terms: dict[str, Tensor] = {}
-        adversarial = step > self._loss.l1_only_steps
-        if adversarial:
+        if game_step > 0:
             terms |= self.discriminator_step(step, x_0)
-        if step <= self._loss.l1_only_steps or step > self._loss.l1_only_steps + self._loss.discriminator_only_steps:
-            terms |= self.generator_step(
-                step, x_0, self._loss.l1_weight_at(progress) if adversarial else 1.0, adversarial
-            )
+        if game_step <= 0 or game_step > self._phases.discriminator_only_steps:
+            terms |= self.generator_step(step, x_0, self._loss.l1_weight_at(progress), adversarial=game_step > 0)
         return terms
 
     def discriminator_step(self, step: int, batches: list[Tensor]) -> dict[str, Tensor]:
@@ -111,8 +128,8 @@ class DiffusionGANTrainer:
         terms = []
         for number, x_0 in zip(self._micro_batches(self._reduced_generator), batches):
             terms.append(self.generator_losses(x_0, self._random("generator", step, number), adversarial))
-            loss = l1_weight * terms[-1]["l1"] + terms[-1].get("generator", 0.0)
-            self._accelerator.backward(weight * loss)
+            weights = {"l1": l1_weight, "energy": self._loss.energy_weight, "generator": 1.0}
+            self._accelerator.backward(weight * sum(weights[name] * term for name, term in terms[-1].items()))
         self._generator_optimizer.step()
         self._ema.update(self._generator, self._batch_size, step * self._batch_size)
         return mean_terms(terms)
@@ -131,17 +148,20 @@ class DiffusionGANTrainer:
         return terms
 
     def generator_losses(self, x_0: Tensor, random: torch.Generator, adversarial: bool) -> dict[str, Tensor]:
-        """L1 distance of the x_0 estimate and, with ``adversarial``, the adversarial loss; both unweighted."""
+        """L1 distance and energy score of the x_0 estimates, and the adversarial loss if asked; all unweighted."""
         t, _, x_t = self._real_pair(x_0, random)
-        fake, x_0_estimate = self._fake(self._reduced_generator, x_t, t, random)
-        terms = {"l1": reconstruction_loss(x_0_estimate, x_0)}
+        fake, estimate = self._fake(self._reduced_generator, x_t, t, random)
+        terms = {"l1": reconstruction_loss(estimate, x_0)}
+        if self._loss.energy_weight > 0:
+            _, other_estimate = self._fake(self._reduced_generator, x_t, t, random)
+            terms["energy"] = energy_score(estimate, other_estimate, x_0)
         if adversarial:
             terms["generator"] = generator_loss(self._discriminator(fake, x_t, t))
         return terms
 
     def _real_pair(self, x_0: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """t uniform on 1..T for each sample, and (x_{t-1}, x_t) ~ q given x_0."""
-        t = torch.randint(1, self._diffusion.num_steps + 1, (len(x_0),), generator=random, device=x_0.device)
+        """t in 1..T for each sample, drawn by the timestep weights, and (x_{t-1}, x_t) ~ q given x_0."""
+        t = 1 + torch.multinomial(self._timestep_weights, len(x_0), replacement=True, generator=random)
         return t, *self._diffusion.pair(x_0, t, noise_like(x_0, random), noise_like(x_0, random))
 
     def _fake(self, generator: nn.Module, x_t: Tensor, t: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:

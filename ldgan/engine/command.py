@@ -21,10 +21,13 @@ def training_parser(description: str, examples: str, schema: type) -> argparse.A
         description=description,
         epilog=f"examples:\n{examples}\n\nsettings (key, type, default):\n{options}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the settings of the run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
+    parser.add_argument(
+        "overrides", nargs="*", action="extend", metavar="key=value", help="settings that override the file's"
+    )
     return parser
 
 

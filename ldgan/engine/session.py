@@ -58,7 +58,8 @@ class RunConfig:
         return number, self.batch_size // number
 
 
-# What may differ when a run is resumed: nothing that decides what it learns from a given step.
+# What may differ when a run is resumed. A run that is made longer goes on from the step it reached, on the
+# schedules of the new length.
 MAY_CHANGE = (
     "run.num_steps",
     "run.num_workers",

@@ -136,6 +136,8 @@ def diffusion_gan(
         adamw(discriminator.parameters(), config.discriminator_optimizer),
         ema,
         loss=config.loss,
+        phases=config.phases,
+        timestep_weights=[1.0] * config.num_timesteps,
         num_micro_batches=1,
         batch_size=config.run.batch_size,
         seed=0,

@@ -47,11 +47,21 @@ def test_stored_and_fresh_posteriors_give_the_same_x_0(autoencoder: AutoencoderK
     images = torch.rand(3, 3, 8, 8) * 2 - 1
     posterior = autoencoder.encode(images)
     random = [torch.Generator().manual_seed(5) for _ in range(2)]
-    stored = StoredLatents(None, (2, 4, 4)).x_0({"mean": posterior.mean, "std": posterior.std}, random[0])
-    fresh = EncodedImages(None, (2, 4, 4), autoencoder).x_0({"image": images}, random[1])
+    stored = StoredLatents(None, (2, 4, 4), True).x_0({"mean": posterior.mean, "std": posterior.std}, random[0])
+    fresh = EncodedImages(None, (2, 4, 4), True, autoencoder).x_0({"image": images}, random[1])
     torch.testing.assert_close(stored, fresh)
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(5))
     torch.testing.assert_close(stored, posterior.mean + posterior.std * noise)
+
+
+def test_the_mean_of_the_posterior_is_taken_where_no_sample_is_asked_for(autoencoder: AutoencoderKL) -> None:
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    posterior = autoencoder.encode(images)
+    batch = {"mean": posterior.mean, "std": posterior.std}
+    random = torch.Generator()
+    assert torch.equal(StoredLatents(None, (2, 4, 4), False).x_0(batch, random), posterior.mean)
+    fresh = EncodedImages(None, (2, 4, 4), False, autoencoder).x_0({"image": images}, random)
+    torch.testing.assert_close(fresh, posterior.mean)
 
 
 def test_pixels_are_the_images_themselves() -> None:

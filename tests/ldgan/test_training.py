@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -32,7 +33,9 @@ class Game:
     ema: EMA[Generator]
 
 
-def new_game(*, num_micro_batches: int = 1, **loss: float) -> Game:
+def new_game(
+    *, num_micro_batches: int = 1, timestep_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), **loss: float
+) -> Game:
     torch.manual_seed(0)
     generator = Generator(
         channels=2,
@@ -57,6 +60,7 @@ def new_game(*, num_micro_batches: int = 1, **loss: float) -> Game:
         torch.optim.SGD(discriminator.parameters(), lr=1.0),
         ema,
         loss=LossConfig(**loss),
+        timestep_weights=timestep_weights,
         num_micro_batches=num_micro_batches,
         batch_size=BATCH_SIZE,
         seed=SEED,
@@ -224,3 +228,10 @@ def test_every_step_of_the_process_is_trained_on() -> None:
     counts = torch.bincount(real_t, minlength=5)
     assert counts[0] == 0
     torch.testing.assert_close(counts[1:].float(), torch.full((4,), 1000.0), rtol=0, atol=5 * 750**0.5)
+
+
+def test_timesteps_are_drawn_in_proportion_to_their_weights() -> None:
+    trainer = new_game(timestep_weights=[3.0, 0.0, 1.0, 0.0]).trainer
+    t, _, _ = trainer._real_pair(data(batch_size=4000), torch.Generator().manual_seed(0))
+    shares = torch.bincount(t, minlength=5) / len(t)
+    torch.testing.assert_close(shares, torch.tensor([0.0, 0.75, 0.0, 0.25, 0.0]), atol=0.02, rtol=0.0)
