@@ -10,6 +10,7 @@ loop of a stage is
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,12 @@ def make_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
     """The accelerator of this process, on whatever `accelerate launch` chose."""
     # Said outright, since two processes without an accelerator would otherwise not find each other.
     cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    if cpu:
+        # `accelerate launch` leaves a process without an accelerator one thread; the cores are shared out here.
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
+    return accelerator
 
 
 class Session:
