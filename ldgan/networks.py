@@ -213,10 +213,11 @@ class TimeEmbedding(nn.Module):
         self.layer2 = nn.Linear(embedding_dim, embedding_dim)
 
     def forward(self, t: Tensor) -> Tensor:
-        half = self.num_frequencies // 2
-        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device) / (half - 1))
+        half = (self.num_frequencies + 1) // 2
+        frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=t.device) / max(half - 1, 1))
         angles = t[:, None].float() * frequencies
-        return self.layer2(F.silu(self.layer1(torch.cat([angles.sin(), angles.cos()], dim=1))))
+        waves = torch.cat([angles.sin(), angles.cos()], dim=1)[:, : self.num_frequencies]
+        return self.layer2(F.silu(self.layer1(waves)))
 
 
 class Discriminator(nn.Module):

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldgan.losses import discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss, sigmoid_decay
+from ldgan.losses import (
+    discriminator_loss,
+    energy_score,
+    generator_loss,
+    gradient_penalty,
+    reconstruction_loss,
+    sigmoid_decay,
+)
 
 
 def test_an_undecided_discriminator_costs_log_2_for_each_term() -> None:
@@ -75,3 +82,26 @@ def test_sigmoid_decay_at_its_ends_and_in_the_middle() -> None:
     values = [sigmoid_decay(i / 20) for i in range(21)]
     assert values == sorted(values, reverse=True)
     assert all(a + b == pytest.approx(1) for a, b in zip(values, reversed(values)))
+
+
+def test_the_energy_score_of_hand_picked_samples() -> None:
+    # One sample of four values: root mean squares of differences 1, 3 and 2 apart.
+    x_0, estimate, other = torch.zeros(1, 4), torch.ones(1, 4), torch.full((1, 4), 3.0)
+    score = energy_score(estimate, other, x_0)
+    torch.testing.assert_close(score, torch.tensor((1 + 3) / 2 - 2 / 2))
+
+
+def test_the_energy_score_is_least_for_samples_of_the_true_distribution() -> None:
+    # x_0 ~ N(0, 1): an estimator that always answers the median scores worse than one that samples, and too
+    # narrow or too wide ones score worse as well.
+    random = torch.Generator().manual_seed(0)
+    x_0, first, second = (torch.randn(200_000, 1, generator=random) for _ in range(3))
+    scores = {width: float(energy_score(width * first, width * second, x_0)) for width in (0.0, 0.5, 1.0, 1.5)}
+    assert min(scores, key=scores.__getitem__) == 1.0
+    assert scores[1.0] == pytest.approx(1 / math.pi**0.5, abs=0.005)  # E|X - Y| / 2 = 1 / sqrt(pi)
+
+
+def test_the_energy_score_has_a_gradient_where_estimates_coincide() -> None:
+    estimate = torch.zeros(2, 3, requires_grad=True)
+    energy_score(estimate, estimate, torch.ones(2, 3)).backward()
+    assert torch.isfinite(estimate.grad).all()

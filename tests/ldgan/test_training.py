@@ -17,7 +17,7 @@ from ldgan.diffusion import Diffusion, vp_betas
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
 from ldgan.networks import Discriminator, Generator
-from ldgan.training import DiffusionGANTrainer, LossConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig
 
 SHAPE, BATCH_SIZE, SEED = (2, 4, 4), 4, 7
 SOURCE = Pixels(None, SHAPE)  # the trainer reads no dataset, it is handed batches
@@ -34,7 +34,11 @@ class Game:
 
 
 def new_game(
-    *, num_micro_batches: int = 1, timestep_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), **loss: float
+    *,
+    num_micro_batches: int = 1,
+    timestep_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    phases: PhasesConfig | None = None,
+    **loss: float,
 ) -> Game:
     torch.manual_seed(0)
     generator = Generator(
@@ -60,6 +64,7 @@ def new_game(
         torch.optim.SGD(discriminator.parameters(), lr=1.0),
         ema,
         loss=LossConfig(**loss),
+        phases=phases or PhasesConfig(),
         timestep_weights=timestep_weights,
         num_micro_batches=num_micro_batches,
         batch_size=BATCH_SIZE,
@@ -131,7 +136,7 @@ def test_r1_is_half_gamma_times_the_squared_gradient_on_real_pairs() -> None:
     r1 = game.trainer.discriminator_losses(x_0, random, penalise=True)["r1"]
 
     random = random_generator("cpu", "r1")  # the same t and noise again
-    t = torch.randint(1, 5, (BATCH_SIZE,), generator=random)
+    t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
     noises = [torch.randn(x_0.shape, generator=random) for _ in range(2)]
     x_previous, x_t = Diffusion(vp_betas(4)).pair(x_0, t, *noises)
     x_previous.requires_grad_()
@@ -176,7 +181,8 @@ def test_the_average_is_its_closed_form_after_each_step() -> None:
 
 
 def test_phases_follow_each_other() -> None:
-    game = new_game(l1_only_steps=2, discriminator_only_steps=2, r1_every_steps=100)
+    phases = PhasesConfig(pretraining_steps=2, discriminator_only_steps=2)
+    game = new_game(phases=phases, l1_weight=1.0, r1_every_steps=100)
     batches = ({"image": data(number)} for number in itertools.count())
     terms, moved = [], []
     for step in range(1, 7):
@@ -189,13 +195,15 @@ def test_phases_follow_each_other() -> None:
     assert moved == [(True, False)] * 2 + [(False, True)] * 2 + [(True, True)] * 2
 
 
-def test_the_first_phase_has_weight_1_whatever_the_weight_later() -> None:
-    game, x_0 = new_game(l1_only_steps=1, l1_weight=0.0), data()
+def test_the_energy_score_is_weighted_and_reaches_the_generator_alone() -> None:
+    game, x_0 = new_game(phases=PhasesConfig(pretraining_steps=1), energy_weight=3.0), data()
     start = weights(game.generator)
     losses = game.trainer.generator_losses(x_0, random_generator("cpu", SEED, "generator", 1, 0), adversarial=False)
-    expected = start - gradients(game.generator, losses["l1"])
+    expected = start - gradients(game.generator, 3.0 * losses["energy"])
+    leave_gradients(game.generator)
     game.trainer.step(1, SOURCE, iter([{"image": x_0}]), progress=0.0)
     torch.testing.assert_close(weights(game.generator), expected)
+    assert all(parameter.grad is None for parameter in game.discriminator.parameters())
 
 
 def test_the_l1_weight_falls_from_its_start_to_its_end() -> None:
