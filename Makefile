@@ -10,7 +10,7 @@ DATA := data/stacked_mnist
 RUNS := runs/stacked_mnist
 SAMPLES := samples/stacked_mnist
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint
 
 quickstart: $(BIN)/.installed-quickstart
 	test -d $(DATA) || $(BIN)/python data_prep/make_shards.py stacked_mnist --out $(DATA)

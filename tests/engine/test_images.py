@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldgan.engine.images import from_uint8, image_grid, save_png, to_uint8
+from ldgan.engine.images import from_uint8, image_grid, load_png, save_png, to_uint8
 
 
 def test_every_byte_survives_the_round_trip() -> None:
@@ -57,3 +57,10 @@ def test_png_holds_the_pixels(tmp_path: Path, channels: int, mode: str) -> None:
         assert read.mode == mode
         assert np.array_equal(np.asarray(read).reshape(5, 7, channels), image.permute(1, 2, 0).numpy())
     assert [file.name for file in path.parent.iterdir()] == ["image.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_files_read_back_to_the_same_pixels(tmp_path: Path, channels: int) -> None:
+    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    save_png(tmp_path / "image.png", image)
+    assert torch.equal(load_png(tmp_path / "image.png"), image)

@@ -1,0 +1,54 @@
+"""Exit statuses and one-line errors of commands."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+
+import pytest
+
+from ldgan.engine import cli
+
+
+def failing_with(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (cli.UserError("data: not there; make it"), 2, "error: data: not there; make it\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.tar"), 2, "error: the disk is full (x.tar)"),
+    ],
+)
+def test_errors_are_one_line_and_have_their_status(error, status, line, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(failing_with(error))
+    printed = capsys.readouterr().err
+    assert stopped.value.code == status
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
+
+
+def test_success_is_status_0_and_silent(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: None)
+    assert stopped.value.code == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EIO, "Input/output error")])
+def test_what_nobody_expected_keeps_its_traceback(error) -> None:
+    with pytest.raises(type(error)):
+        cli.run(failing_with(error))
+
+
+def test_positive_numbers() -> None:
+    assert cli.positive("12") == 12
+    for text in ("0", "-3"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not at least 1"):
+            cli.positive(text)
