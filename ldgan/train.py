@@ -12,9 +12,9 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass, replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch.optim import Optimizer
 
 from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
@@ -37,7 +37,7 @@ from ldgan.loading import (
     build_generator,
 )
 from ldgan.networks import DiscriminatorConfig, GeneratorConfig
-from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
 
 NUM_PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 16
 
@@ -99,19 +99,8 @@ def main() -> None:
     accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
 
     diffusion = Diffusion(vp_betas(config.num_timesteps))
-    generator = build_generator(config.generator, source.shape).to(accelerator.device)
-    discriminator = build_discriminator(config.discriminator, source.shape).to(accelerator.device)
-    generator_optimizer = adamw(generator.parameters(), config.generator_optimizer)
-    discriminator_optimizer = adamw(discriminator.parameters(), config.discriminator_optimizer)
-    ema = EMA(generator, config.ema_halflife_images, rampup_ratio=0.05)
-    things: dict[str, Stateful] = {
-        "generator": generator,
-        WEIGHTS: ema,
-        "discriminator": discriminator,
-        "generator_optimizer": generator_optimizer,
-        "discriminator_optimizer": discriminator_optimizer,
-    }
-    session = Session(accelerator, config, things, describe_run(source, autoencoder))
+    players = build_players(config, source.shape, accelerator.device)
+    session = Session(accelerator, config, things_to_save(players), describe_run(source, autoencoder))
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
@@ -121,11 +110,7 @@ def main() -> None:
     trainer = DiffusionGANTrainer(
         accelerator,
         diffusion,
-        generator,
-        discriminator,
-        generator_optimizer,
-        discriminator_optimizer,
-        ema,
+        players,
         loss=config.loss,
         phases=config.phases,
         timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
@@ -134,9 +119,9 @@ def main() -> None:
         seed=config.run.seed,
     )
     resolution = source.dataset.shards.manifest.details["resolution"]
-    model = TrainedModel(ema.model, diffusion, autoencoder, source.shape, resolution)
+    model = TrainedModel(players.ema.model, diffusion, autoencoder, source.shape, resolution)
     for step in session.steps():
-        set_learning_rates(config, step, generator_optimizer, discriminator_optimizer)
+        set_learning_rates(config, step, players)
         session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
         if session.wants_preview(step):
             with accelerator.autocast():
@@ -147,18 +132,40 @@ def main() -> None:
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
 
 
-def set_learning_rates(
-    config: TrainConfig, step: int, generator_optimizer: Optimizer, discriminator_optimizer: Optimizer
-) -> None:
+def build_players(config: TrainConfig, data_shape: tuple[int, int, int], device: torch.device) -> Players:
+    """Fresh networks for data of this shape, and their optimizers."""
+    generator = build_generator(config.generator, data_shape).to(device)
+    discriminator = build_discriminator(config.discriminator, data_shape).to(device)
+    return Players(
+        generator,
+        discriminator,
+        adamw(generator.parameters(), config.generator_optimizer),
+        adamw(discriminator.parameters(), config.discriminator_optimizer),
+        EMA(generator, config.ema_halflife_images, rampup_ratio=0.05),
+    )
+
+
+def things_to_save(players: Players) -> dict[str, Stateful]:
+    """What a checkpoint holds, by the names of its files."""
+    return {
+        "generator": players.generator,
+        WEIGHTS: players.ema,
+        "discriminator": players.discriminator,
+        "generator_optimizer": players.generator_optimizer,
+        "discriminator_optimizer": players.discriminator_optimizer,
+    }
+
+
+def set_learning_rates(config: TrainConfig, step: int, players: Players) -> None:
     """Set the rates of step 1..num_steps; pretraining and the game each have a schedule from warm-up to decay."""
     num_pretraining_steps, num_steps = config.phases.pretraining_steps, config.run.num_steps
     if step <= num_pretraining_steps:
         pretraining = replace(config.generator_optimizer, lr=config.phases.pretraining_lr)
-        set_learning_rate(generator_optimizer, learning_rate(pretraining, step, num_pretraining_steps))
+        set_learning_rate(players.generator_optimizer, learning_rate(pretraining, step, num_pretraining_steps))
         return
     game = (step - num_pretraining_steps, num_steps - num_pretraining_steps)
-    set_learning_rate(generator_optimizer, learning_rate(config.generator_optimizer, *game))
-    set_learning_rate(discriminator_optimizer, learning_rate(config.discriminator_optimizer, *game))
+    set_learning_rate(players.generator_optimizer, learning_rate(config.generator_optimizer, *game))
+    set_learning_rate(players.discriminator_optimizer, learning_rate(config.discriminator_optimizer, *game))
 
 
 def describe_run(source: DataSource, autoencoder: AutoencoderKL | None) -> dict:

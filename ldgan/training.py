@@ -54,6 +54,17 @@ class PhasesConfig:
     discriminator_only_steps: int = option(0, "steps after those: the discriminator alone")
 
 
+@dataclass
+class Players:
+    """Both networks with their optimizers, and the average of the generator's weights."""
+
+    generator: Generator
+    discriminator: Discriminator
+    generator_optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    ema: EMA[Generator]
+
+
 class DiffusionGANTrainer:
     """Takes optimisation steps on generator and discriminator; knows neither files nor schedules."""
 
@@ -61,11 +72,7 @@ class DiffusionGANTrainer:
         self,
         accelerator: Accelerator,
         diffusion: Diffusion,
-        generator: Generator,
-        discriminator: Discriminator,
-        generator_optimizer: torch.optim.Optimizer,
-        discriminator_optimizer: torch.optim.Optimizer,
-        ema: EMA,
+        players: Players,
         *,
         loss: LossConfig,
         phases: PhasesConfig,
@@ -74,17 +81,12 @@ class DiffusionGANTrainer:
         batch_size: int,
         seed: int,
     ) -> None:
-        self._accelerator, self._diffusion, self._ema = accelerator, diffusion, ema
+        self._accelerator, self._diffusion, self._players = accelerator, diffusion, players
         self._loss, self._phases = loss, phases
-        self._generator, self._discriminator = generator, discriminator
-        self._generator_optimizer, self._discriminator_optimizer = (
-            generator_optimizer,
-            discriminator_optimizer,
-        )
         # The same weights behind a wrapper that averages gradients over processes. Each player's own step goes
         # through its wrapper; the other player only serves there, as the bare network.
-        self._reduced_generator = accelerator.prepare(generator)
-        self._reduced_discriminator = accelerator.prepare(discriminator)
+        self._reduced_generator = accelerator.prepare(players.generator)
+        self._reduced_discriminator = accelerator.prepare(players.discriminator)
         self._timestep_weights = torch.tensor(timestep_weights, device=accelerator.device)
         self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
 
@@ -106,8 +108,8 @@ class DiffusionGANTrainer:
 
     def discriminator_step(self, step: int, batches: list[Tensor]) -> dict[str, Tensor]:
         """Train the discriminator on this process's micro-batches of x_0; the generator takes no gradient."""
-        self._discriminator.requires_grad_(True)
-        self._discriminator_optimizer.zero_grad(set_to_none=True)
+        self._players.discriminator.requires_grad_(True)
+        self._players.discriminator_optimizer.zero_grad(set_to_none=True)
         weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         penalise = step % self._loss.r1_every_steps == 0
         terms = []
@@ -115,30 +117,30 @@ class DiffusionGANTrainer:
             terms.append(self.discriminator_losses(x_0, self._random("discriminator", step, number), penalise))
             # One backward for both terms: a second one would not be averaged over processes.
             self._accelerator.backward(weight * sum(terms[-1].values()))
-        self._discriminator_optimizer.step()
+        self._players.discriminator_optimizer.step()
         return mean_terms(terms)
 
     def generator_step(
         self, step: int, batches: list[Tensor], l1_weight: float, adversarial: bool
     ) -> dict[str, Tensor]:
         """Train the generator on this process's micro-batches of x_0; the discriminator takes no gradient."""
-        self._discriminator.requires_grad_(False)
-        self._generator_optimizer.zero_grad(set_to_none=True)
+        self._players.discriminator.requires_grad_(False)
+        self._players.generator_optimizer.zero_grad(set_to_none=True)
         weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
         for number, x_0 in zip(self._micro_batches(self._reduced_generator), batches):
             terms.append(self.generator_losses(x_0, self._random("generator", step, number), adversarial))
             weights = {"l1": l1_weight, "energy": self._loss.energy_weight, "generator": 1.0}
             self._accelerator.backward(weight * sum(weights[name] * term for name, term in terms[-1].items()))
-        self._generator_optimizer.step()
-        self._ema.update(self._generator, self._batch_size, step * self._batch_size)
+        self._players.generator_optimizer.step()
+        self._players.ema.update(self._players.generator, self._batch_size, step * self._batch_size)
         return mean_terms(terms)
 
     def discriminator_losses(self, x_0: Tensor, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
         """Adversarial loss and, with ``penalise``, the weighted R1 penalty on real pairs."""
         t, x_previous, x_t = self._real_pair(x_0, random)
         with torch.no_grad():
-            fake, _ = self._fake(self._generator, x_t, t, random)
+            fake, _ = self._fake(self._players.generator, x_t, t, random)
         x_previous.requires_grad_(penalise)
         real_logits = self._reduced_discriminator(x_previous, x_t, t)
         fake_logits = self._reduced_discriminator(fake, x_t, t)
@@ -156,7 +158,7 @@ class DiffusionGANTrainer:
             _, other_estimate = self._fake(self._reduced_generator, x_t, t, random)
             terms["energy"] = energy_score(estimate, other_estimate, x_0)
         if adversarial:
-            terms["generator"] = generator_loss(self._discriminator(fake, x_t, t))
+            terms["generator"] = generator_loss(self._players.discriminator(fake, x_t, t))
         return terms
 
     def _real_pair(self, x_0: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +168,7 @@ class DiffusionGANTrainer:
 
     def _fake(self, generator: nn.Module, x_t: Tensor, t: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """x_{t-1} ~ q(x_{t-1} | x_t, x_0 = G(x_t, z, t)), and the estimate of x_0."""
-        z = torch.randn(len(x_t), self._generator.z_dim, generator=random, device=x_t.device)
+        z = torch.randn(len(x_t), self._players.generator.z_dim, generator=random, device=x_t.device)
         x_0_estimate = generator(x_t, z, t)
         return self._diffusion.posterior_sample(x_0_estimate, x_t, t, noise_like(x_t, random)), x_0_estimate
 

@@ -34,8 +34,8 @@ from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import adamw
 from ldgan.engine.session import make_accelerator
-from ldgan.loading import TrainedModel, build_discriminator, build_generator
-from ldgan.train import TrainConfig
+from ldgan.loading import TrainedModel
+from ldgan.train import TrainConfig, build_players
 from ldgan.training import DiffusionGANTrainer
 
 NUM_SAMPLES = 500
@@ -123,18 +123,12 @@ def diffusion_gan(
     resolution: int,
 ) -> tuple[Callable[[], object], TrainedModel]:
     """One step of both players on random latents (the lazy penalty in its turn), and the model to sample from."""
-    generator = build_generator(config.generator, data_shape).to(accelerator.device)
-    discriminator = build_discriminator(config.discriminator, data_shape).to(accelerator.device)
+    players = build_players(config, data_shape, accelerator.device)
     diffusion = Diffusion(vp_betas(config.num_timesteps))
-    ema = EMA(generator, config.ema_halflife_images, rampup_ratio=0.05)
     trainer = DiffusionGANTrainer(
         accelerator,
         diffusion,
-        generator,
-        discriminator,
-        adamw(generator.parameters(), config.generator_optimizer),
-        adamw(discriminator.parameters(), config.discriminator_optimizer),
-        ema,
+        players,
         loss=config.loss,
         phases=config.phases,
         timestep_weights=[1.0] * config.num_timesteps,
@@ -150,7 +144,7 @@ def diffusion_gan(
         trainer.discriminator_step(step, x_0)
         trainer.generator_step(step, x_0, l1_weight=0.1, adversarial=True)
 
-    return both_players, TrainedModel(ema.model, diffusion, autoencoder.eval(), data_shape, resolution)
+    return both_players, TrainedModel(players.ema.model, diffusion, autoencoder.eval(), data_shape, resolution)
 
 
 def parse_flags() -> argparse.Namespace:

@@ -17,7 +17,7 @@ from ldgan.diffusion import Diffusion, vp_betas
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
 from ldgan.networks import Discriminator, Generator
-from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
 
 SHAPE, BATCH_SIZE, SEED = (2, 4, 4), 4, 7
 SOURCE = Pixels(None, SHAPE)  # the trainer reads no dataset, it is handed batches
@@ -58,11 +58,13 @@ def new_game(
     trainer = DiffusionGANTrainer(
         Accelerator(cpu=True),
         Diffusion(vp_betas(4)),
-        generator,
-        discriminator,
-        torch.optim.SGD(generator.parameters(), lr=1.0),
-        torch.optim.SGD(discriminator.parameters(), lr=1.0),
-        ema,
+        Players(
+            generator,
+            discriminator,
+            torch.optim.SGD(generator.parameters(), lr=1.0),
+            torch.optim.SGD(discriminator.parameters(), lr=1.0),
+            ema,
+        ),
         loss=LossConfig(**loss),
         phases=phases or PhasesConfig(),
         timestep_weights=timestep_weights,
