@@ -25,12 +25,13 @@ from autoencoder.latents import describe_latents, pack_moments
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.files import new_folder, temporary_name
-from ldgan.engine.images import image_grid, load_png, save_png
+from ldgan.engine.images import enlarge, image_grid, load_png, save_png
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import make_accelerator
 from ldgan.loading import TrainedModel, load_model
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
+MIN_GRID_TILE = 96  # pixels; smaller images are enlarged by a whole factor
 
 EXAMPLES = """
 examples:
@@ -71,8 +72,14 @@ def save_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.N
                 list(pool.map(save_png, [folder / image_name(number) for number in numbers], images))
         accelerator.wait_for_everyone()  # until all images are there
         if accelerator.is_main_process:
-            first = [load_png(folder / image_name(number)) for number in range(min(flags.num_images, MAX_GRID_IMAGES))]
-            save_png(folder / GRID_FILE, image_grid(torch.stack(first), columns=math.ceil(math.sqrt(len(first)))))
+            save_grid(folder, min(flags.num_images, MAX_GRID_IMAGES))
+
+
+def save_grid(folder: Path, num_images: int) -> None:
+    """Lay the first images in ``folder`` out in one picture, small ones enlarged."""
+    images = torch.stack([load_png(folder / image_name(number)) for number in range(num_images)])
+    images = enlarge(images, max(1, MIN_GRID_TILE // images.shape[-1]))
+    save_png(folder / GRID_FILE, image_grid(images, columns=math.ceil(math.sqrt(num_images))))
 
 
 def image_name(number: int) -> str:

@@ -262,8 +262,8 @@ def test_samples_are_numbered_pngs_and_a_grid(samples):
     names = [f"{number:09d}.png" for number in range(NUM_IMAGES)]
     assert sorted(path.name for path in (samples / "png").iterdir()) == [*names, "grid.png"]
     grid = load_png(samples / "png" / "grid.png").numpy()
-    assert grid.shape == (3, 8 * 34 - 2, 8 * 34 - 2)  # 8 x 8 images of 32 pixels, 2 pixels between them
-    np.testing.assert_array_equal(grid[:, 34:66, 68:100], pixels(samples / "png", [8 + 2])[0])
+    assert grid.shape == (3, 8 * 98 - 2, 8 * 98 - 2)  # 8 x 8 images of 3 * 32 pixels, 2 pixels between them
+    np.testing.assert_array_equal(grid[:, 98:194:3, 196:292:3], pixels(samples / "png", [8 + 2])[0])
 
 
 def test_saved_latents_decode_to_the_same_files(samples):

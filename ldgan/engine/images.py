@@ -39,6 +39,11 @@ def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     return grid[:, : grid.shape[1] - padding, : grid.shape[2] - padding]
 
 
+def enlarge(images: Tensor, factor: int) -> Tensor:
+    """Show each pixel of images (N, C, H, W) as ``factor`` x ``factor`` pixels, for people to look at."""
+    return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+
+
 def save_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB), as a PNG file that is complete or absent."""
     pixels = image.permute(1, 2, 0).cpu().numpy()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldgan.engine.images import from_uint8, image_grid, load_png, save_png, to_uint8
+from ldgan.engine.images import enlarge, from_uint8, image_grid, load_png, save_png, to_uint8
 
 
 def test_every_byte_survives_the_round_trip() -> None:
@@ -64,3 +64,9 @@ def test_png_files_read_back_to_the_same_pixels(tmp_path: Path, channels: int) -
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     save_png(tmp_path / "image.png", image)
     assert torch.equal(load_png(tmp_path / "image.png"), image)
+
+
+def test_enlarged_pixels_are_squares_of_themselves() -> None:
+    images = torch.arange(4, dtype=torch.uint8).view(1, 1, 2, 2)
+    expected = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]], dtype=torch.uint8)
+    assert torch.equal(enlarge(images, 2), expected.view(1, 1, 4, 4))
