@@ -60,7 +60,7 @@ def main() -> None:
     """Train, measure the latent statistics, save."""
     parser = training_parser("Train a KL-regularised autoencoder on image shards (stage 1).", EXAMPLES, TrainConfig)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
     set_seed(config.run.seed)
     data = ImageDataset(ShardSet.open(config.data))
     autoencoder = build_autoencoder(config.network).to(accelerator.device)

@@ -90,7 +90,7 @@ def main() -> None:
         "--latent", dest="overrides", action="append_const", const="latent=true", help="train on latents: latent=true"
     )
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
     set_seed(config.run.seed)
     autoencoder = None
     if config.latent and config.autoencoder is not None:

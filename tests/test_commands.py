@@ -32,7 +32,8 @@ from ldgan.metrics.modes import stacked_digits_to_modes
 from ldgan.train import TrainConfig as GANTrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-# One thread each, since two commands run at a time; no GPU; and no config file of accelerate's in the home folder.
+# One thread where commands leave it to the environment, since two run at a time; no GPU; and no config file of
+# accelerate's in the home folder.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": os.devnull}
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
@@ -42,6 +43,8 @@ TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", 
 NUM_IMAGES, NUM_STEPS, BATCH_SIZE = 64, 4, 8
 RUN = (
     *(f"run.num_steps={NUM_STEPS}", f"run.batch_size={BATCH_SIZE}", "run.num_micro_batches=2"),
+    # Sums depend on the number of threads in their last bits.
+    "run.num_threads=1",
     *("run.log_every_steps=1", "run.checkpoint_every_steps=1", f"run.keep_checkpoints={NUM_STEPS}"),
 )
 AUTOENCODER = ("network.base_channels=8", "network.channel_multipliers=[1,1,2]", "optimizer.warmup_steps=1")

@@ -43,6 +43,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = option("fp32", "arithmetic of the networks; weights stay fp32")
     seed: int = option(0, "decides initial weights, order of the data and all noise")
     num_workers: int = option(0, "processes that read data, for each training process; 0: read in the process itself")
+    num_threads: int = option(0, "CPU threads of each process; 0: all cores, shared out among the processes")
     log_every_steps: int = option(50, "steps between two rows of scalars")
     preview_every_steps: int = option(500, "steps between two image grids")
     checkpoint_every_steps: int = option(500, "steps between two checkpoints")
@@ -64,6 +65,7 @@ class RunConfig:
 MAY_CHANGE = (
     "run.num_steps",
     "run.num_workers",
+    "run.num_threads",
     "run.log_every_steps",
     "run.preview_every_steps",
     "run.checkpoint_every_steps",
@@ -71,15 +73,15 @@ MAY_CHANGE = (
 )
 
 
-def make_accelerator(precision: Literal["fp32", "bf16"]) -> Accelerator:
-    """The accelerator of this process, on whatever `accelerate launch` chose."""
+def make_accelerator(precision: Literal["fp32", "bf16"], num_threads: int = 0) -> Accelerator:
+    """The accelerator of this process, on whatever `accelerate launch` chose; ``num_threads`` as in `RunConfig`."""
     # Said outright, since two processes without an accelerator would otherwise not find each other.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
     if cpu:
-        # `accelerate launch` leaves a process without an accelerator one thread; the cores are shared out here.
+        # Otherwise `accelerate launch` leaves a process without an accelerator a single thread.
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, num_cores // accelerator.num_processes))
+        torch.set_num_threads(num_threads or max(1, num_cores // accelerator.num_processes))
     return accelerator
 
 
