@@ -24,6 +24,7 @@ from data_prep.images import IMAGE_FORMATS
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.session import RunConfig
+from ldgan.engine.shares import batches, share
 
 # What a random generator is for: the last word of its seed, so that no two uses share a stream.
 _SHARD_ORDER, _SAMPLE_ORDER, _FLIPS = range(3)
@@ -243,10 +244,9 @@ def sequential_batches(
     A rank gets a contiguous range, rank 0 the first; a rank's last batch may be smaller.
     """
     num_samples = len(dataset) if limit is None else min(limit, len(dataset))
-    first, end = (num_samples * number // world_size for number in (rank, rank + 1))
     order = (
-        [SampleRef(index, flip=False) for index in range(start, min(start + batch_size, end))]
-        for start in range(first, end, batch_size)
+        [SampleRef(index, flip=False) for index in numbers]
+        for numbers in batches(share(num_samples, rank, world_size), batch_size)
     )
     return _batches(dataset, order, num_workers)
 

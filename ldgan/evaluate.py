@@ -28,9 +28,10 @@ from torch import Tensor
 from data_prep.sources import DIGIT_SOURCES, StackedMNIST, load_digits
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
-from ldgan.engine.progress import progress_bar
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.session import make_accelerator
+from ldgan.engine.shares import share
+from ldgan.generation import generate
 from ldgan.loading import AUTOENCODER_FOLDER, TrainedModel, load_model
 from ldgan.metrics.digits import TrainedClassifier, load_or_train
 from ldgan.metrics.modes import ModeCoverage, mode_coverage, stacked_digits_to_modes
@@ -67,22 +68,7 @@ def main() -> None:
     coverage = judge_images(accelerator, judge, generated_images(accelerator, model, flags), flags.num_images)
     seconds = time.monotonic() - started
     real = judge_images(accelerator, judge, real_images(accelerator, flags), flags.num_images)
-    result = {
-        "metric": "modes",
-        "checkpoint": str(folder),
-        "samples": summarise(coverage),
-        "real_images": summarise(real),
-        "sampling_floor_kl": coverage.sampling_floor,
-        "classifier": {
-            "digits": flags.digits,
-            "heldout_accuracy": judge.heldout_accuracy,
-            "num_heldout": judge.num_heldout,
-        },
-        "evaluations_per_image": model.diffusion.num_steps,
-        "images_per_second": flags.num_images / seconds,
-        "conditions": conditions(accelerator, flags),
-        "stage_seconds": stage_seconds(folder) | {"digit classifier": judge.seconds, "sampling and judging": seconds},
-    }
+    result = describe_result(accelerator, folder, judge, coverage, real, seconds, flags)
     if accelerator.is_main_process:
         with (run / HISTORY_FILE).open("a", encoding="utf-8") as history:
             history.write(json.dumps(result) + "\n")
@@ -90,28 +76,20 @@ def main() -> None:
         print(f"appended to {run / HISTORY_FILE}")
 
 
-def share(accelerator: Accelerator, num_images: int) -> range:
-    """The numbers of the images that fall to this process."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    return range(num_images * rank // world_size, num_images * (rank + 1) // world_size)
-
-
 def generated_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace) -> Iterator[Tensor]:
     """Yield this process's samples in batches, uint8 (B, 3, 32, 32)."""
-    numbers = share(accelerator, flags.num_images)
-    with progress_bar("sampling", len(numbers), "images", enabled=accelerator.is_main_process) as bar:
-        for first in range(numbers.start, numbers.stop, flags.batch_size):
-            seeds = [flags.seed + number for number in range(first, min(first + flags.batch_size, numbers.stop))]
-            with accelerator.autocast():
-                images = model.decode(model.sample(seeds))
-            yield images
-            bar.advance(len(images))
+    for _, x_0 in generate(
+        accelerator, model, num_images=flags.num_images, first_seed=flags.seed, batch_size=flags.batch_size
+    ):
+        with accelerator.autocast():
+            images = model.decode(x_0)
+        yield images
 
 
 def real_images(accelerator: Accelerator, flags: argparse.Namespace) -> Iterator[Tensor]:
     """Yield this process's share of real StackedMNIST images in batches, uint8 (B, 3, 32, 32)."""
     source = StackedMNIST(flags.num_images, REAL_IMAGES_SEED, flags.digits, flags.digits_root)
-    mine = share(accelerator, flags.num_images)
+    mine = share(flags.num_images, accelerator.process_index, accelerator.num_processes)
     pixels = [np.asarray(sample.image) for number, sample in enumerate(source) if number in mine]
     for first in range(0, len(pixels), flags.batch_size):
         yield torch.from_numpy(np.stack(pixels[first : first + flags.batch_size])).permute(0, 3, 1, 2)
@@ -130,9 +108,33 @@ def judge_images(
     return mode_coverage(np.repeat(np.arange(NUM_MODES), counts.numpy()), NUM_MODES)
 
 
-def summarise(coverage: ModeCoverage) -> dict[str, Any]:
-    """The coverage as JSON."""
-    return asdict(coverage)
+def describe_result(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    judge: TrainedClassifier,
+    coverage: ModeCoverage,
+    real: ModeCoverage,
+    seconds: float,
+    flags: argparse.Namespace,
+) -> dict[str, Any]:
+    """What was measured, of what and under which conditions, as it goes into the run's history."""
+    return {
+        "metric": "modes",
+        "checkpoint": str(checkpoint),
+        "samples": asdict(coverage),
+        "real_images": asdict(real),
+        "sampling_floor_kl": coverage.sampling_floor,
+        "classifier": {
+            "digits": flags.digits,
+            "heldout_accuracy": judge.heldout_accuracy,
+            "num_heldout": judge.num_heldout,
+        },
+        "evaluations_per_image": read_description(checkpoint)["config"]["num_timesteps"],
+        "images_per_second": flags.num_images / seconds,
+        "conditions": conditions(accelerator, flags),
+        "stage_seconds": stage_seconds(checkpoint)
+        | {"digit classifier": judge.seconds, "sampling and judging": seconds},
+    }
 
 
 def conditions(accelerator: Accelerator, flags: argparse.Namespace) -> dict[str, Any]:

@@ -13,21 +13,19 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from autoencoder.latents import describe_latents, pack_moments
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.files import new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
-from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import make_accelerator
+from ldgan.generation import generate
 from ldgan.loading import TrainedModel, load_model
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
@@ -51,6 +49,8 @@ def main() -> None:
     model = load_model(flags.checkpoint, accelerator.device)
     if flags.save == "latents" and model.autoencoder is None:
         raise cli.UserError(f"{flags.checkpoint}: works on pixels and has no latents to save; leave out --save latents")
+    if flags.save == "latents" and accelerator.num_processes > 1:
+        raise cli.UserError("--save latents writes from one process; launch it with --num_processes 1")
     if flags.out.exists():
         raise cli.UserError(f"{flags.out}: exists already; choose another --out")
     started = time.monotonic()
@@ -66,7 +66,9 @@ def save_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.N
     with made_here as folder:
         accelerator.wait_for_everyone()  # until the folder is there
         with ThreadPoolExecutor() as pool:  # zlib works beside the networks
-            for numbers, x_0 in samples(accelerator, model, flags):
+            for numbers, x_0 in generate(
+                accelerator, model, num_images=flags.num_images, first_seed=flags.seed, batch_size=flags.batch_size
+            ):
                 with accelerator.autocast():
                     images = model.decode(x_0)
                 list(pool.map(save_png, [folder / image_name(number) for number in numbers], images))
@@ -91,27 +93,12 @@ def save_latents(accelerator: Accelerator, model: TrainedModel, flags: argparse.
     """Write latent shards whose posteriors are points, std 0, for autoencoder/decode.py."""
     assert model.autoencoder is not None
     details = describe_latents(model.autoencoder, model.resolution, flips=False) | {"seed": flags.seed}
-    if accelerator.num_processes > 1:
-        raise cli.UserError("--save latents writes from one process; launch it with --num_processes 1")
     with ShardWriter(flags.out, "latents", details=details) as writer:
-        for _, x_0 in samples(accelerator, model, flags):
+        for _, x_0 in generate(
+            accelerator, model, num_images=flags.num_images, first_seed=flags.seed, batch_size=flags.batch_size
+        ):
             for moments in torch.cat([x_0, torch.zeros_like(x_0)], dim=1).cpu():
                 writer.write(pack_moments(moments, label=-1))
-
-
-def samples(
-    accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield this process's image numbers and samples of x_0, batch by batch, with a progress bar."""
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    first, end = (flags.num_images * number // world_size for number in (rank, rank + 1))
-    with progress_bar("sampling", end - first, "images", enabled=rank == 0) as bar:
-        for start in range(first, end, flags.batch_size):
-            numbers = list(range(start, min(start + flags.batch_size, end)))
-            with accelerator.autocast():
-                x_0 = model.sample([flags.seed + number for number in numbers])
-            yield numbers, x_0
-            bar.advance(len(numbers))
 
 
 def parse_flags() -> argparse.Namespace:
