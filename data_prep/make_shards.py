@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from data_prep.images import IMAGE_FORMATS, encode_image, read_rgb, resize_and_crop
 from data_prep.shards import Manifest, ShardWriter
-from data_prep.sources import DIGIT_SOURCES, ImageFolder, RawSample, Source, StackedMNIST
+from data_prep.sources import DIGIT_SOURCES, ImageFolder, RawSample, Source, Split, StackedMNIST
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
 from ldgan.engine.progress import progress_bar
@@ -40,6 +40,10 @@ examples:
 
   # 60,000 images of three stacked MNIST digits, 1000 classes, nothing to download
   python data_prep/make_shards.py stacked_mnist --out data/stacked_mnist
+
+  # A tenth held out for evaluation, the same images whenever it is asked for
+  python data_prep/make_shards.py photos --out data/photos256 --part train
+  python data_prep/make_shards.py photos --out data/photos256_validation --part validation
 
   # Less disk space, at a small loss
   python data_prep/make_shards.py photos --out data/photos512 --resolution 512 --format webp --quality 90
@@ -171,11 +175,14 @@ def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
 def open_source(args: argparse.Namespace) -> Source:
     """Return the source that the command line names."""
     if args.source == "stacked_mnist":
+        if args.part is not None:
+            raise UserError("--part is for folders of images; stacked_mnist is drawn anew with another --seed")
         return StackedMNIST(args.num_images or 60_000, args.seed, args.digits, args.digits_root)
     root = Path(args.source)
     if args.out.resolve().is_relative_to(root.resolve()):
         raise UserError(f"--out {args.out} lies inside the source {root}; choose a folder outside it")
-    return ImageFolder(root, args.seed, args.num_images)
+    split = Split(args.part, args.validation_share, args.group_by == "caption") if args.part else None
+    return ImageFolder(root, args.seed, args.num_images, split)
 
 
 def parse_args() -> argparse.Namespace:
@@ -188,6 +195,14 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist yet")
     add("--resolution", type=int, metavar="PIXELS", help="side of an image (default: 256; stacked_mnist: 32)")
     add("--num-images", type=int, metavar="N", help="images to take (default: all; stacked_mnist: 60000)")
+    add("--part", choices=("train", "validation"), help="of a folder: one part of two (default: all of it)")
+    add("--validation-share", type=float, default=0.1, metavar="P", help="size of that part (default: 0.1)")
+    add(
+        "--group-by",
+        choices=("name", "caption"),
+        default="name",
+        help="caption: images whose captions agree up to a colon stay in one part (default: name, each by itself)",
+    )
     add("--format", choices=IMAGE_FORMATS, default="png", help="of stored images (default: png, lossless)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100 (default: 95)")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar (default: 1000)")
@@ -203,6 +218,8 @@ def parse_args() -> argparse.Namespace:
     _check_range("--samples-per-shard", args.samples_per_shard, 1)
     _check_range("--seed", args.seed, 0)
     _check_range("--workers", args.workers, 1)
+    if not 0 < args.validation_share < 1:
+        raise UserError(f"--validation-share {args.validation_share} is out of range; give a number between 0 and 1")
     if args.num_images is not None:
         _check_range("--num-images", args.num_images, 1)
     return args

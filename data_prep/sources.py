@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Sized
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -40,19 +41,39 @@ class Source(Sized, Protocol):
     def __iter__(self) -> Iterator[RawSample]: ...
 
 
+class Split(NamedTuple):
+    """A part of a source, chosen by a stable hash of each image's group.
+
+    An image stays in its part when others are added or taken away. Its group is its own name or, with
+    ``by_caption``, its caption up to the first colon, so that variants of one motif never lie in both parts.
+    """
+
+    part: Literal["train", "validation"]
+    validation_share: float
+    by_caption: bool = False
+
+    def holds(self, name: str, caption_file: Path | None) -> bool:
+        """Whether the image belongs to this part."""
+        group = name
+        if self.by_caption and caption_file is not None:
+            group = caption_file.read_text(encoding="utf-8").partition(":")[0].strip()
+        fraction = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
+        return (fraction < self.validation_share) == (self.part == "validation")
+
+
 class ImageFolder:
     """Every image below ``root``, in an order shuffled by ``seed`` so that no shard holds one class alone.
 
     The folders directly in ``root`` are the classes, labelled 0, 1, ... in sorted order; without such folders
     there are no labels. The text of ``name.txt`` beside ``name.png`` is that image's caption. Hidden files
     and folders are left out, and symbolic links to folders are not followed. ``num_images`` keeps the first
-    ones.
+    ones; ``split`` one part of all, with the classes of all.
 
-    Raises `UserError` where ``root`` is no folder, holds no image, or has images both in and beside class
-    folders.
+    Raises `UserError` where ``root`` is no folder, holds no image (in the part asked for), or has images both
+    in and beside class folders.
     """
 
-    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None) -> None:
+    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
         if not root.is_dir():
             raise UserError(f"{root} is not a folder; give a folder of images, or the word stacked_mnist")
         self.root = root
@@ -63,6 +84,11 @@ class ImageFolder:
         self._captions = {name for name in files if name.endswith(".txt")}
         self.class_names = _class_names(root, self._images)
         self.description: dict[str, Any] = {"type": "image_folder", "path": str(root)}
+        if split is not None:
+            self._images = [name for name in self._images if split.holds(name, self._caption_file(name))]
+            self.description |= {"split": split._asdict()}
+            if not self._images:
+                raise UserError(f"{root}: no image falls to the {split.part} part; choose another --validation-share")
         self._order = np.random.default_rng(seed).permutation(len(self._images))[:num_images]
 
     def __len__(self) -> int:
@@ -72,13 +98,11 @@ class ImageFolder:
         labels = {name: label for label, name in enumerate(self.class_names or [])}
         for position in self._order:
             name = self._images[position]
-            caption = str(Path(name).with_suffix(".txt"))
-            yield RawSample(
-                name=name,
-                image=self.root / name,
-                label=labels.get(Path(name).parts[0]),
-                caption_file=self.root / caption if caption in self._captions else None,
-            )
+            yield RawSample(name, self.root / name, labels.get(Path(name).parts[0]), self._caption_file(name))
+
+    def _caption_file(self, name: str) -> Path | None:
+        caption = str(Path(name).with_suffix(".txt"))
+        return self.root / caption if caption in self._captions else None
 
 
 def _visible_files(root: Path) -> list[str]:

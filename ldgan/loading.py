@@ -75,7 +75,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> TrainedModel:
         autoencoder = load_autoencoder(folder.parent.parent / AUTOENCODER_FOLDER, device)
     return TrainedModel(
         generator.to(device).eval().requires_grad_(False),
-        Diffusion(vp_betas(config["num_timesteps"])),
+        Diffusion(vp_betas(config["num_timesteps"], beta_max=config["beta_max"])),
         autoencoder,
         (channels, side, side),
         description["resolution"],

@@ -59,6 +59,9 @@ class TrainConfig:
     flips: bool = option(False, "mirror half of the images; latent shards must hold the mirror images")
     sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
     num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
+    beta_max: float = option(
+        20.0, "noise rate at the end of the schedule; less puts more of the T steps at little noise"
+    )
     timestep_weights: list[float] = option([], "how often t = 1..T is drawn in training, in proportion; []: uniformly")
     run: RunConfig = option(RunConfig(), "")
     generator: GeneratorConfig = option(GeneratorConfig(), "")
@@ -73,6 +76,10 @@ class TrainConfig:
         """Raise a UserError for settings that contradict each other."""
         if not 1 <= self.num_timesteps <= 8:
             raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to 8")
+        if self.beta_max <= 0.1:
+            raise cli.UserError(
+                f"beta_max is {self.beta_max}; choose more than 0.1, the rate at the start (20 is usual)"
+            )
         if self.phases.pretraining_steps > 0 and self.loss.l1_weight == 0 and self.loss.energy_weight == 0:
             raise cli.UserError("phases.pretraining_steps needs a loss: set loss.l1_weight or loss.energy_weight")
         weights = self.timestep_weights
@@ -98,7 +105,7 @@ def main() -> None:
     source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
     accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
 
-    diffusion = Diffusion(vp_betas(config.num_timesteps))
+    diffusion = Diffusion(vp_betas(config.num_timesteps, beta_max=config.beta_max))
     players = build_players(config, source.shape, accelerator.device)
     session = Session(accelerator, config, things_to_save(players), describe_run(source, autoencoder))
     if session.finished:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep.images import encode_image, read_rgb, resize_and_crop
-from data_prep.sources import ImageFolder, StackedMNIST, load_digits
+from data_prep.sources import ImageFolder, Split, StackedMNIST, load_digits
 from ldgan.engine.cli import UserError
 
 RED = (255, 0, 0)
@@ -48,6 +48,46 @@ def test_a_flat_folder_has_no_labels_and_hidden_or_other_files_are_left_out(tmp_
     source = ImageFolder(tmp_path)
     assert source.class_names is None
     assert [(sample.name, sample.label) for sample in source] == [("a.png", None)]
+
+
+def folder_with_captions(root: Path, num_images: int) -> Path:
+    for number in range(num_images):
+        save(root / "ab"[number % 2] / f"{number}.png", Image.new("RGB", (4, 4)))
+        tone = f": tone {number}" if number % 5 else ""
+        (root / "ab"[number % 2] / f"{number}.txt").write_text(f"motif {number // 5}{tone}")
+    return root
+
+
+def names(root: Path, part: str, share: float = 0.25, by_caption: bool = False) -> set[str]:
+    return {sample.name for sample in ImageFolder(root, split=Split(part, share, by_caption))}
+
+
+@pytest.mark.parametrize("by_caption", [False, True])
+def test_the_parts_of_a_folder_are_disjoint_and_together_all_of_it(tmp_path, by_caption):
+    root = folder_with_captions(tmp_path, 200)
+    train, validation = names(root, "train", 0.25, by_caption), names(root, "validation", 0.25, by_caption)
+    assert not train & validation
+    assert train | validation == {sample.name for sample in ImageFolder(root)}
+    assert 25 <= len(validation) <= 80  # 200 or 40 draws with probability 1 / 4
+
+
+def test_an_image_keeps_its_part_when_others_come(tmp_path):
+    before = names(folder_with_captions(tmp_path, 40), "validation")
+    after = names(folder_with_captions(tmp_path, 80), "validation")
+    assert before < after
+
+
+def test_images_whose_captions_agree_up_to_a_colon_stay_together(tmp_path):
+    validation = names(folder_with_captions(tmp_path, 200), "validation", by_caption=True)
+    motifs = [int(Path(name).stem) // 5 for name in validation]
+    assert all(motifs.count(motif) == 5 for motif in motifs)
+
+
+def test_a_part_has_the_classes_of_all(tmp_path):
+    source = ImageFolder(folder_with_captions(tmp_path, 3), split=Split("train", 0.5))
+    assert source.class_names == ["a", "b"]
+    with pytest.raises(UserError, match="no image falls to the validation part"):
+        names(tmp_path, "validation", 1e-9)
 
 
 def test_the_text_file_beside_an_image_is_its_caption(tmp_path):

@@ -39,6 +39,17 @@ def test_the_last_noise_level_is_the_same_for_every_number_of_steps(num_steps: i
     assert Diffusion(vp_betas(num_steps)).alphas_bar[-1].item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("beta_max", [8.0, 12.0, 20.0])
+def test_alpha_bar_is_the_closed_form_of_the_vp_sde_for_any_beta_max(beta_max):
+    def log_alpha_bar(s: float) -> float:
+        return -0.5 * s * s * (beta_max - 0.1) - 0.1 * s
+
+    times = [1e-3 + 0.999 * t / 8 for t in range(9)]
+    expected = [np.exp(log_alpha_bar(s) - log_alpha_bar(1e-3)) for s in times]
+    alphas_bar = Diffusion(vp_betas(8, beta_max=beta_max)).alphas_bar.tolist()
+    assert alphas_bar == pytest.approx(expected, rel=1e-12)
+
+
 def test_entry_0_of_every_table_stands_for_data() -> None:
     diffusion = Diffusion(vp_betas(4))
     assert diffusion.alphas_bar[0] == 1
