@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +35,30 @@ def reconstruction_loss(x_0_estimate: Tensor, x_0: Tensor) -> Tensor:
     return F.l1_loss(x_0_estimate, x_0)
 
 
-def energy_score(estimate: Tensor, other_estimate: Tensor, x_0: Tensor) -> Tensor:
-    """E ||x_0^ - x_0|| - E ||x_0^ - x_0^'|| / 2 for two estimates from the same x_t with independent z.
+def energy_score(estimate: Tensor, other_estimate: Tensor, x_0: Tensor, windows: Sequence[int] = ()) -> Tensor:
+    """E d(x_0^, x_0) - E d(x_0^, x_0^') / 2 for two estimates from the same x_t with independent z.
 
-    A strictly proper scoring rule (Gneiting and Raftery, 2007): its expectation is least where the estimates
-    are samples of p(x_0 | x_t), where L1 is least at its median. De Bortoli et al. (arXiv 2502.02483) train
-    few-step diffusion models with it. Norms are over all of a sample and divided by the root of its size.
+    d is the root mean square `distance`. A strictly proper scoring rule (Gneiting and Raftery, 2007): its
+    expectation is least where the estimates are samples of p(x_0 | x_t), where L1 is least at its median. De
+    Bortoli et al. (arXiv 2502.02483) train few-step diffusion models with it. ``windows`` adds the scores of
+    parts of a sample, (B, C, s, s): proper for the parts' distributions, and sharper where the whole has many
+    dimensions. The score is the mean over the whole and each window size.
     """
-    to_data = (distance(estimate, x_0) + distance(other_estimate, x_0)) / 2
-    return to_data - distance(estimate, other_estimate) / 2
+    to_data = (distance(estimate, x_0, windows) + distance(other_estimate, x_0, windows)) / 2
+    return to_data - distance(estimate, other_estimate, windows) / 2
 
 
-def distance(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over the batch of the root mean square difference of samples (B, ...); a scalar out."""
+def distance(x: Tensor, y: Tensor, windows: Sequence[int] = ()) -> Tensor:
+    """Mean over the batch of the root mean square difference of samples (B, ...); a scalar out.
+
+    With ``windows``, for samples (B, C, s, s), the mean of that and of the same over all square windows of each
+    size, which overlap by half.
+    """
+    squares = (x - y).square()
+    means = [squares.flatten(1).mean(dim=1)]
+    means += [F.avg_pool2d(squares.mean(dim=1), window, stride=max(window // 2, 1)) for window in windows]
     # The small constant keeps the root differentiable where two samples coincide.
-    return ((x - y).flatten(1).square().mean(dim=1) + 1e-8).sqrt().mean()
+    return torch.stack([(mean + 1e-8).sqrt().mean() for mean in means]).mean()
 
 
 def sigmoid_decay(progress: float, *, midpoint: float = 0.5, sharpness: float = 10.0) -> float:

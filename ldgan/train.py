@@ -103,6 +103,7 @@ def main() -> None:
     if config.latent and config.autoencoder is not None:
         autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
     source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
+    check_windows(config.loss.energy_windows, source.shape[-1])
     accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
 
     diffusion = Diffusion(vp_betas(config.num_timesteps, beta_max=config.beta_max))
@@ -137,6 +138,12 @@ def main() -> None:
 
     session.finish({})
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
+
+
+def check_windows(windows: list[int], side: int) -> None:
+    """Raise a UserError unless the energy score's windows fit into samples of ``side`` pixels."""
+    if wrong := [window for window in windows if not 1 <= window < side]:
+        raise cli.UserError(f"loss.energy_windows has {wrong[0]}; choose sides from 1 to {side - 1}, as x_0 has {side}")
 
 
 def build_players(config: TrainConfig, data_shape: tuple[int, int, int], device: torch.device) -> Players:

@@ -39,6 +39,7 @@ class LossConfig:
     l1_weight: float = option(0.0, "weight of the L1 distance between the x_0 estimate and x_0 at the start")
     l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
     energy_weight: float = option(0.0, "weight of the energy score of two x_0 estimates; costs a second forward pass")
+    energy_windows: list[int] = option([], "sides of windows, in latent pixels, that the energy score sees apart")
 
     def l1_weight_at(self, progress: float) -> float:
         """Weight of the L1 term at ``progress``, 0 to 1, of the run (Trinh and Hamagami, 2024)."""
@@ -156,7 +157,7 @@ class DiffusionGANTrainer:
         terms = {"l1": reconstruction_loss(estimate, x_0)}
         if self._loss.energy_weight > 0:
             _, other_estimate = self._fake(self._reduced_generator, x_t, t, random)
-            terms["energy"] = energy_score(estimate, other_estimate, x_0)
+            terms["energy"] = energy_score(estimate, other_estimate, x_0, self._loss.energy_windows)
         if adversarial:
             terms["generator"] = generator_loss(self._players.discriminator(fake, x_t, t))
         return terms

@@ -91,6 +91,15 @@ def test_the_energy_score_of_hand_picked_samples() -> None:
     torch.testing.assert_close(score, torch.tensor((1 + 3) / 2 - 2 / 2))
 
 
+def test_windows_add_the_energy_scores_of_parts() -> None:
+    # Differences of 1 in the first column of a 4x4 sample. Windows of side 2 at every second half: nine of them.
+    x_0, estimate = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    estimate[..., 0] = 1.0
+    whole, windows = 0.5, (3 * 0.5**0.5 + 6 * 0.0) / 9  # nine windows, three of which touch the column
+    score = energy_score(estimate, estimate, x_0, windows=[2])
+    torch.testing.assert_close(score, torch.tensor((whole + windows) / 2), atol=2e-4, rtol=0)
+
+
 def test_the_energy_score_is_least_for_samples_of_the_true_distribution() -> None:
     # x_0 ~ N(0, 1): an estimator that always answers the median scores worse than one that samples, and too
     # narrow or too wide ones score worse as well.
