@@ -1,4 +1,4 @@
-"""Decode latent shards to numbered PNG files, in batches."""
+"""Decode latents to images, at any size: numbered PNG or WebP files, or image shards."""
 
 from __future__ import annotations
 
@@ -11,78 +11,207 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
 
-import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoder.decoding import (
+    ImageFiles,
+    ImageShards,
+    Output,
+    batches_of_blocks,
+    begin,
+    decode_batches,
+    finish,
+    unfinished_blocks,
+)
 from autoencoder.latents import check_latents
-from autoencoder.loading import load_autoencoder
+from autoencoder.light_decoder import LightDecoder, load_light_decoder
+from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
-from data_prep.loader import LatentDataset, sequential_batches
+from autoencoder.tiling import decode_tiled
+from data_prep.loader import LatentDataset
 from data_prep.shards import ShardSet
 from ldgan.engine import cli
-from ldgan.engine.files import new_folder
-from ldgan.engine.images import save_png, to_uint8
+from ldgan.engine.images import MAX_WEBP_SIDE
 from ldgan.engine.progress import progress_bar
+from ldgan.engine.session import make_accelerator
 
 EXAMPLES = """
 examples:
   accelerate launch ldgan/sample.py --checkpoint runs/gan --num-images 1000 --out samples/latents --save latents
-  python autoencoder/decode.py --autoencoder runs/ae --latents samples/latents --out samples/png
+  accelerate launch autoencoder/decode.py --autoencoder runs/ae --latents samples/latents --out samples/png
+
+  # Several processes, a light decoder (autoencoder/distill.py), and shards that autoencoder/encode.py reads
+  accelerate launch --multi_gpu autoencoder/decode.py --autoencoder runs/ae --latents samples/latents \\
+      --out samples/shards --format shards --decoder light
+
+  # Images of 2048 x 2048 pixels in tiles of 512 x 512 (latents 8 times smaller), in the memory of a tile
+  python autoencoder/decode.py --autoencoder runs/ae --latents samples/latents --out samples/png \\
+      --batch-size 1 --tile 64 --overlap 16
+
+Image number i is row i of the latents, whatever the number of processes. A run that was stopped goes on when the same
+command is given again: what is on the disk is not written again, and is what an uninterrupted run would have written.
 """
 
 
 def main() -> None:
-    """Read latent shards, write PNGs."""
+    """Read latent shards, decode, write what is not there yet."""
     flags = parse_flags()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder = load_autoencoder(flags.autoencoder, device)
+    started = time.monotonic()
+    accelerator = make_accelerator(flags.precision)
     latents = LatentDataset(ShardSet.open(flags.latents))
+    autoencoder = load_autoencoder(flags.autoencoder, accelerator.device)
     check_latents(latents.shards, autoencoder)
-    if flags.out.exists():
-        raise cli.UserError(f"{flags.out}: exists already; choose another --out")
-    with (
-        new_folder(flags.out) as folder,
-        ThreadPoolExecutor() as pool,  # zlib works beside the network
-        progress_bar("decoding", len(latents), "images") as bar,
-    ):
-        first = 0
-        for batch in sequential_batches(latents, flags.batch_size):
-            images = decode_uint8(autoencoder, batch["mean"].to(device))
-            paths = [folder / f"{first + index:09d}.png" for index in range(len(images))]
-            list(pool.map(save_png, paths, images))
-            first += len(images)
-            bar.advance(len(images))
-    print(f"{first:,} images in {flags.out}")
+    check_size(flags.format, latents.shards.manifest.details["resolution"])
+    decoder = autoencoder if flags.decoder == "full" else load_light_decoder(flags.autoencoder, accelerator.device)
+    decoding = describe(latents.shards, autoencoder, decoder, flags)
+    finished = accelerator.is_main_process and begin(flags.out, decoding)
+    accelerator.wait_for_everyone()  # until the folder is there
+
+    output = make_output(flags, len(latents))
+    decode = decode_function(accelerator, decoder, flags.tile, flags.overlap)
+    num_decoded = decode_rest(accelerator, decode, latents, output, flags.batch_size)
+    if finished and num_decoded == 0:
+        print(f"{flags.out} was finished before; nothing to do")
+    elif accelerator.is_main_process:
+        seconds = time.monotonic() - started
+        if isinstance(output, ImageShards):
+            details = {"resolution": latents.shards.manifest.details["resolution"], "image_format": "png"}
+            output.write_manifest(latents.shards.manifest.class_names, details | {"decoding": decoding}, seconds)
+        finish(flags.out, decoding)
+        print(f"{len(latents):,} images in {flags.out} ({num_decoded:,} decoded now, {seconds:.1f} s)")
 
 
-@torch.inference_mode()
-def decode_uint8(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images, uint8 (B, C, H, W) on the CPU, of standardised latents (B, c, h, w)."""
-    return to_uint8(autoencoder.decode(latents)).cpu()
+def decode_rest(
+    accelerator: Accelerator,
+    decode: Callable[[Tensor], Tensor],
+    latents: LatentDataset,
+    output: Output,
+    batch_size: int,
+) -> int:
+    """Decode this process's share of the blocks that are not complete; how many images all shares hold."""
+    blocks = unfinished_blocks(output, len(latents))
+    accelerator.wait_for_everyone()  # until all have seen the same, before anything is added
+    share = blocks[accelerator.process_index :: accelerator.num_processes]
+    with progress_bar("decoding", sum(map(len, share)), "images", enabled=accelerator.is_main_process) as bar:
+        batches = batches_of_blocks(share, batch_size)
+        decode_batches(decode, latents, output, batches, accelerator.device, bar)
+    accelerator.wait_for_everyone()  # until all images are there
+    return sum(map(len, blocks))
+
+
+def decode_function(
+    accelerator: Accelerator, decoder: AutoencoderKL | LightDecoder, tile: int, overlap: int
+) -> Callable[[Tensor], Tensor]:
+    """Latents -> images, in the accelerator's precision and in tiles; tile 0: as a whole."""
+
+    def decode(latents: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return decoder.decode(latents)
+
+    if tile == 0:
+        return decode
+    return functools.partial(decode_tiled, decode, tile=tile, overlap=overlap, factor=decoder.downsampling_factor)
+
+
+def describe(
+    shards: ShardSet, autoencoder: AutoencoderKL, decoder: AutoencoderKL | LightDecoder, flags: argparse.Namespace
+) -> dict[str, Any]:
+    """All that the images depend on; a folder is continued only if it is the same."""
+    return {
+        "format": "ldgan-decoding/1",
+        "latents": shards.manifest.fingerprint,
+        "num_images": len(shards),
+        "autoencoder": fingerprint(autoencoder),
+        "decoder": flags.decoder,
+        "decoder_fingerprint": fingerprint(decoder),  # type: ignore[arg-type]
+        "precision": flags.precision,
+        "tile": flags.tile,
+        "overlap": flags.overlap,
+        "images": flags.format,
+        "samples_per_shard": flags.samples_per_shard if flags.format == "shards" else None,
+    }
+
+
+def check_size(image_format: str, side: int) -> None:
+    """Raise a UserError for images, ``side`` pixels a side, that the format cannot hold."""
+    if image_format == "webp" and side > MAX_WEBP_SIDE:
+        raise cli.UserError(
+            f"--format webp holds at most {MAX_WEBP_SIDE} pixels a side, and these images have {side}; give png"
+        )
+
+
+def make_output(flags: argparse.Namespace, num_images: int) -> Output:
+    """Where images go, as ``--format`` says."""
+    if flags.format == "shards":
+        return ImageShards(flags.out, num_images, flags.samples_per_shard)
+    return ImageFiles(flags.out, flags.format, block_size=flags.batch_size)
 
 
 def parse_flags() -> argparse.Namespace:
-    """Parse the command line."""
+    """Parse the command line; raises a UserError for tiles that make no sense."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--autoencoder", type=Path, required=True, metavar="RUN", help="finished run of autoencoder/train.py"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--autoencoder", type=Path, required=True, metavar="RUN", help="finished run of autoencoder/train.py")
+    add(
         "--latents",
         type=Path,
         required=True,
         metavar="SHARDS",
         help="latent shards; posteriors are decoded at their means",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the PNG files")
-    parser.add_argument(
-        "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder, or one that the same command began")
+    add(
+        "--format",
+        choices=("png", "webp", "shards"),
+        default="png",
+        help="numbered files, both kinds lossless, or image shards of PNGs with the latents' labels (default: png);"
+        " of shards, those that were complete when a run was stopped are kept",
     )
-    return parser.parse_args()
+    add(
+        "--samples-per-shard",
+        type=cli.positive,
+        default=1000,
+        metavar="N",
+        help="images in a tar, for --format shards (default: 1000)",
+    )
+    add(
+        "--decoder",
+        choices=("full", "light"),
+        default="full",
+        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
+    )
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the decoder (default: fp32)")
+    add("--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)")
+    add(
+        "--tile",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="side of a tile in latent pixels, for images of 1024 pixels and more: 64 means 512 pixels of the image"
+        " where latents are 8 times smaller; 0: decode images as a whole (default: 0)",
+    )
+    add(
+        "--overlap",
+        type=int,
+        metavar="PIXELS",
+        help="latent pixels that neighbouring tiles share at least (default: a quarter of a tile)",
+    )
+    flags = parser.parse_args()
+    if flags.overlap is None:
+        flags.overlap = flags.tile // 4
+    if not 0 <= 2 * flags.overlap <= flags.tile:
+        raise cli.UserError(
+            f"--tile {flags.tile} cannot go with --overlap {flags.overlap}; give an overlap from 0 to half a tile"
+        )
+    return flags
 
 
 if __name__ == "__main__":

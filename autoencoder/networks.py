@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.blocks import BlockBuilder, Downsample, Upsample, apply_blocks, silu
+from ldgan.engine.attention import Kernel
+from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
 
 # exp(-30) and exp(20): far outside what training visits, but finite, also in bf16.
@@ -32,7 +35,33 @@ class AutoencoderConfig:
     )
     num_res_blocks: int = option(1, "residual blocks per level of the encoder; the decoder has one more")
     mid_attention: bool = option(False, "self-attention between the two residual blocks in the middle")
+    attention_factors: list[int] = option(
+        [], "downsampling factors, [16] say, at which every residual block is followed by self-attention"
+    )
+    num_groups: int = option(0, "groups of each group normalisation; 0: up to 32 of at least four channels")
+    latent_convolutions: bool = option(
+        False, "1x1 convolutions on both sides of the latents, as in Stable Diffusion's autoencoders"
+    )
     dropout: float = option(0.0, "dropout probability inside residual blocks")
+    gradient_checkpointing: bool = option(
+        False, "compute blocks again in the backward pass: less memory, about a third more time"
+    )
+    attention_kernel: Kernel = option("sdpa", "what computes attention: PyTorch itself, or xformers where it runs")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
+
+    def validate(self) -> None:
+        """Raise a UserError for numbers that make no network."""
+        if not self.channel_multipliers:
+            raise UserError("network.channel_multipliers is empty; give one number per level, [1, 2, 4] say")
+        factors = [2**level for level in range(len(self.channel_multipliers))]
+        if unknown := sorted(set(self.attention_factors) - set(factors)):
+            raise UserError(f"network.attention_factors: no level has factor {unknown[0]}; choose among {factors}")
+        if self.num_groups and (odd := [width for width in self.widths if width % self.num_groups]):
+            raise UserError(f"network.num_groups {self.num_groups} does not divide {odd[0]} channels; choose a divisor")
 
 
 class Posterior(NamedTuple):
@@ -82,13 +111,39 @@ class AutoencoderKL(nn.Module):
         channel_multipliers: Sequence[int],
         num_res_blocks: int,
         mid_attention: bool,
+        attention_factors: Sequence[int],
+        num_groups: int,
+        latent_convolutions: bool,
         dropout: float,
+        gradient_checkpointing: bool,
+        attention_kernel: Kernel,
     ) -> None:
         super().__init__()
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        self.downsampling_factor = 2 ** (len(widths) - 1)
-        self.encoder = Encoder(image_channels, 2 * latent_channels, widths, num_res_blocks, mid_attention, dropout)
-        self.decoder = Decoder(latent_channels, image_channels, widths, num_res_blocks + 1, mid_attention, dropout)
+        self.config = AutoencoderConfig(
+            image_channels=image_channels,
+            latent_channels=latent_channels,
+            base_channels=base_channels,
+            channel_multipliers=list(channel_multipliers),
+            num_res_blocks=num_res_blocks,
+            mid_attention=mid_attention,
+            attention_factors=list(attention_factors),
+            num_groups=num_groups,
+            latent_convolutions=latent_convolutions,
+            dropout=dropout,
+            gradient_checkpointing=gradient_checkpointing,
+            attention_kernel=attention_kernel,
+        )
+        self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
+        blocks = BlockBuilder(
+            num_groups=num_groups,
+            dropout=dropout,
+            mid_attention=mid_attention,
+            attention_factors=tuple(attention_factors),
+            attention_kernel=attention_kernel,
+        )
+        rest = (self.config.widths, blocks, latent_convolutions, gradient_checkpointing)
+        self.encoder = Encoder(image_channels, 2 * latent_channels, num_res_blocks, *rest)
+        self.decoder = Decoder(latent_channels, image_channels, num_res_blocks + 1, *rest)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
 
@@ -102,9 +157,7 @@ class AutoencoderKL(nn.Module):
 
     def raw_posterior(self, images: Tensor) -> Posterior:
         """Posterior over latents as the encoder makes them, before standardisation: the one with the KL term."""
-        height, width = images.shape[-2:]
-        if height % self.downsampling_factor or width % self.downsampling_factor:
-            raise ValueError(f"images of {height}x{width} are no multiple of {self.downsampling_factor}")
+        self._check_size(*images.shape[-2:])
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
 
@@ -122,10 +175,31 @@ class AutoencoderKL(nn.Module):
         self.latent_mean.copy_(mean.view_as(self.latent_mean))
         self.latent_std.copy_(std.view_as(self.latent_std))
 
+    @classmethod
+    def from_diffusers(cls, folder: Path) -> AutoencoderKL:
+        """Load a model of diffusers, see `autoencoder.diffusers_format.load_diffusers`."""
+        from autoencoder.diffusers_format import load_diffusers  # which imports this module
+
+        return load_diffusers(folder)
+
+    def save_diffusers(self, folder: Path) -> None:
+        """Save for diffusers as a new ``folder``, see `autoencoder.diffusers_format.save_diffusers`."""
+        from autoencoder.diffusers_format import save_diffusers
+
+        save_diffusers(self, folder)
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(latent_channels, h, w) of square images of ``resolution`` pixels."""
+        """(latent_channels, h, w) of square images of ``resolution`` pixels; a UserError if they do not divide."""
+        self._check_size(resolution, resolution)
         side = resolution // self.downsampling_factor
         return (self.latent_mean.shape[0], side, side)
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height % self.downsampling_factor or width % self.downsampling_factor:
+            raise UserError(
+                f"images of {height}x{width} px are no multiple of the autoencoder's factor"
+                f" {self.downsampling_factor}; make shards of another --resolution, or use another autoencoder"
+            )
 
 
 class Encoder(nn.Module):
@@ -135,30 +209,31 @@ class Encoder(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        num_res_blocks: int,
         widths: Sequence[int],
-        num_blocks: int,
-        mid_attention: bool,
-        dropout: float,
+        blocks: BlockBuilder,
+        latent_convolution: bool,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleDict()
         channels = widths[0]
         for level, width in enumerate(widths):
             if level > 0:
                 self.levels[f"f{2**level}_down"] = Downsample(channels)
-            for block in range(num_blocks):
-                self.levels[f"f{2**level}_block{block}"] = ResidualBlock(channels, width, dropout)
-                channels = width
-        self.mid = middle(channels, mid_attention, dropout)
-        self.norm_out = group_norm(channels)
+            self.levels.update(blocks.level(2**level, channels, width, num_res_blocks))
+            channels = width
+        self.mid = blocks.middle(channels)
+        self.norm_out = blocks.norm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.latent_conv = nn.Conv2d(out_channels, out_channels, 1) if latent_convolution else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in self.levels.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        recompute = self.training and self.gradient_checkpointing
+        x = apply_blocks([*self.levels.values(), *self.mid], self.conv_in(x), recompute=recompute)
+        return self.latent_conv(self.conv_out(silu(self.norm_out(x))))
 
 
 class Decoder(nn.Module):
@@ -168,107 +243,29 @@ class Decoder(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        num_res_blocks: int,
         widths: Sequence[int],
-        num_blocks: int,
-        mid_attention: bool,
-        dropout: float,
+        blocks: BlockBuilder,
+        latent_convolution: bool,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         channels = widths[-1]
+        self.latent_conv = nn.Conv2d(in_channels, in_channels, 1) if latent_convolution else nn.Identity()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.mid = middle(channels, mid_attention, dropout)
+        self.mid = blocks.middle(channels)
         self.levels = nn.ModuleDict()
         for level, width in reversed(list(enumerate(widths))):
-            for block in range(num_blocks):
-                self.levels[f"f{2**level}_block{block}"] = ResidualBlock(channels, width, dropout)
-                channels = width
+            self.levels.update(blocks.level(2**level, channels, width, num_res_blocks))
+            channels = width
             if level > 0:
                 self.levels[f"f{2**level}_up"] = Upsample(channels)
-        self.norm_out = group_norm(channels)
+        self.norm_out = blocks.norm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(latents))
-        for block in self.levels.values():
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-def middle(channels: int, attention: bool, dropout: float) -> nn.Sequential:
-    """Residual block, self-attention where asked for, residual block; at the lowest resolution."""
-    blocks: list[nn.Module] = [
-        ResidualBlock(channels, channels, dropout),
-        ResidualBlock(channels, channels, dropout),
-    ]
-    if attention:
-        blocks.insert(1, SelfAttention(channels))
-    return nn.Sequential(*blocks)
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a skip connection (1x1 where the width changes)."""
-
-    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.skip(x) + h
-
-
-class SelfAttention(nn.Module):
-    """Single-head self-attention over all positions, with a residual connection."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, h * w, C) each
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded right and below as in latent diffusion."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double height and width by nearest neighbour, then convolve."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with `num_groups`."""
-    return nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
-
-
-def num_groups(channels: int) -> int:
-    """Up to 32 groups of at least four channels.
-
-    Groups of a single channel would be instance norms, which forget how strong each channel is: with them a
-    small autoencoder needs several times as long to learn colours.
-    """
-    return next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (channels % g == 0 and channels // g >= 4))
+        recompute = self.training and self.gradient_checkpointing
+        x = self.conv_in(self.latent_conv(latents))
+        x = apply_blocks([*self.mid, *self.levels.values()], x, recompute=recompute)
+        return self.conv_out(silu(self.norm_out(x)))

@@ -17,13 +17,24 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from autoencoder.discriminator import PatchDiscriminator
+from autoencoder.evaluation import error_maps
 from autoencoder.latent_statistics import accumulate_moments
 from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
-from autoencoder.training import AutoencoderTrainer, LossConfig
+from autoencoder.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
+from autoencoder.training import (
+    AdversarialConfig,
+    Adversary,
+    AutoencoderTrainer,
+    LogVariance,
+    LossConfig,
+    Players,
+)
 from data_prep.loader import ImageDataset, batches_of_run, sequential_batches
 from data_prep.shards import ShardSet
 from ldgan.engine import cli
+from ldgan.engine.attention import check_kernel
 from ldgan.engine.checkpoint import Stateful
 from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import MISSING, option
@@ -32,13 +43,15 @@ from ldgan.engine.images import to_uint8
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.seeding import generator
-from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.engine.session import DTYPES, RunConfig, Session, make_accelerator
 
 NUM_PREVIEW_IMAGES = 16
 
 EXAMPLES = """
 accelerate launch autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
 accelerate launch autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml data=data/mine run.dir=runs/mine
+accelerate launch autoencoder/train.py --config configs/autoencoder/folder256.yaml data=data/mine \\
+    perceptual.network=lpips-vgg perceptual.backbone_weights=vgg16-397923af.pth adversarial.weight=0
 torchrun --nproc_per_node 2 autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
 """
 
@@ -52,8 +65,25 @@ class TrainConfig:
     run: RunConfig = option(RunConfig(), "")
     network: AutoencoderConfig = option(AutoencoderConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
+    perceptual: PerceptualConfig = option(PerceptualConfig(), "")
+    adversarial: AdversarialConfig = option(AdversarialConfig(), "")
     optimizer: OptimizerConfig = option(OptimizerConfig(), "")
     ema_halflife_images: int = option(10_000, "images in which the weights' average forgets half of the past")
+
+    def validate(self) -> None:
+        """Raise a UserError for settings that contradict each other."""
+        self.network.validate()
+        if min(self.perceptual.weight, self.adversarial.weight, self.loss.kl_weight) < 0:
+            raise cli.UserError("a loss has a weight below 0; give loss.kl_weight and the others 0 or more")
+        if self.perceptual.network == "none" and self.perceptual.backbone_weights is not None:
+            raise cli.UserError(
+                "perceptual.backbone_weights without a network; give perceptual.network=lpips-alex, say"
+            )
+        if self.adversarial.weight > 0 and self.adversarial.start_step > self.run.num_steps:
+            raise cli.UserError(
+                f"adversarial.start_step {self.adversarial.start_step} comes after the last of {self.run.num_steps}"
+                " steps; start earlier, or switch the game off by adversarial.weight=0"
+            )
 
 
 def main() -> None:
@@ -61,14 +91,13 @@ def main() -> None:
     parser = training_parser("Train a KL-regularised autoencoder on image shards (stage 1).", EXAMPLES, TrainConfig)
     _, config = parse_command(parser, TrainConfig)
     accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    check_kernel(config.network.attention_kernel, accelerator.device, DTYPES[config.run.precision])
     set_seed(config.run.seed)
     data = ImageDataset(ShardSet.open(config.data))
-    autoencoder = build_autoencoder(config.network).to(accelerator.device)
-    check_resolution(autoencoder, data)
-    optimizer = adamw(autoencoder.parameters(), config.optimizer)
-    ema = EMA(autoencoder, config.ema_halflife_images, rampup_ratio=0.05)
-    things: dict[str, Stateful] = {"autoencoder": autoencoder, WEIGHTS: ema, "optimizer": optimizer}
-    session = Session(accelerator, config, things, {"kind": KIND, "data": describe_data(data)})
+    players = build_players(config, accelerator.device)
+    perceptual = build_perceptual(config.perceptual, accelerator.device)
+    check_resolution(players, perceptual, data)
+    session = Session(accelerator, config, things_to_save(players), {"kind": KIND, "data": describe_data(data)})
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
@@ -76,19 +105,22 @@ def main() -> None:
     batches = batches_of_run(data, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = AutoencoderTrainer(
         accelerator,
-        autoencoder,
-        optimizer,
-        ema,
+        players,
+        perceptual,
         loss=config.loss,
+        perceptual_weight=config.perceptual.weight,
+        adversarial=config.adversarial,
         num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
         batch_size=config.run.batch_size,
         seed=config.run.seed,
     )
+    autoencoder, ema = players.autoencoder, players.ema
     for step in session.steps():
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
+        set_learning_rates(config, step, players)
         session.record(step, trainer.step(step, batches))
         if session.wants_preview(step):
-            session.preview(step, "reconstructions", reconstructions(ema.model, data), NUM_PREVIEW_IMAGES)
+            rows = preview(ema.model, data)
+            session.preview(step, "reconstructions", rows, columns=len(rows) // 3)
 
     statistics = measure_latent_statistics(accelerator, ema.model, data, config.run.batch_size)
     autoencoder.set_latent_statistics(ema.model.latent_mean, ema.model.latent_std)
@@ -96,14 +128,70 @@ def main() -> None:
     report(accelerator, config.run.dir, session.seconds, statistics)
 
 
-def check_resolution(autoencoder: AutoencoderKL, data: ImageDataset) -> None:
-    """Raise a UserError if the images' size is no multiple of the downsampling factor."""
-    resolution, factor = data.shards.manifest.details["resolution"], autoencoder.downsampling_factor
+def build_players(config: TrainConfig, device: torch.device) -> Players:
+    """A fresh autoencoder and, where the config asks for it, its adversary, with their optimizers."""
+    autoencoder = build_autoencoder(config.network).to(device)
+    log_variance = LogVariance().to(device) if config.loss.learned_variance else None
+    learned = [*autoencoder.parameters(), *(log_variance.parameters() if log_variance else ())]
+    return Players(
+        autoencoder,
+        adamw(learned, config.optimizer),
+        EMA(autoencoder, config.ema_halflife_images, rampup_ratio=0.05),
+        log_variance,
+        build_adversary(config, device) if config.adversarial.weight > 0 else None,
+    )
+
+
+def build_adversary(config: TrainConfig, device: torch.device) -> Adversary:
+    """A fresh discriminator and its optimizer."""
+    discriminator = PatchDiscriminator(
+        image_channels=config.network.image_channels,
+        base_channels=config.adversarial.base_channels,
+        num_layers=config.adversarial.num_layers,
+    ).to(device)
+    return Adversary(discriminator, adamw(discriminator.parameters(), config.adversarial.optimizer))
+
+
+def things_to_save(players: Players) -> dict[str, Stateful]:
+    """What a checkpoint holds, by the names of its files."""
+    things: dict[str, Stateful] = {
+        "autoencoder": players.autoencoder,
+        WEIGHTS: players.ema,
+        "optimizer": players.optimizer,
+    }
+    if players.log_variance is not None:
+        things["log_variance"] = players.log_variance
+    if players.adversary is not None:
+        things["discriminator"] = players.adversary.discriminator
+        things["discriminator_optimizer"] = players.adversary.optimizer
+    return things
+
+
+def set_learning_rates(config: TrainConfig, step: int, players: Players) -> None:
+    """Set the rates of step 1..num_steps; the discriminator's warms up when the game starts."""
+    num_steps = config.run.num_steps
+    set_learning_rate(players.optimizer, learning_rate(config.optimizer, step, num_steps))
+    steps_before = config.adversarial.start_step - 1
+    if players.adversary is not None and step > steps_before:
+        game = (step - steps_before, num_steps - steps_before)
+        set_learning_rate(players.adversary.optimizer, learning_rate(config.adversarial.optimizer, *game))
+
+
+def check_resolution(players: Players, perceptual: PerceptualDistance | None, data: ImageDataset) -> None:
+    """Raise a UserError if a network cannot take images of this size."""
+    resolution, factor = data.shards.manifest.details["resolution"], players.autoencoder.downsampling_factor
     if resolution % factor:
         raise cli.UserError(
             f"{data.shards.folder}: images of {resolution} px are no multiple of the autoencoder's factor {factor};"
             " change network.channel_multipliers or make shards of another --resolution"
         )
+    if players.adversary is not None and resolution < players.adversary.discriminator.min_size:
+        raise cli.UserError(
+            f"{data.shards.folder}: images of {resolution} px are too small for the discriminator, it takes"
+            f" {players.adversary.discriminator.min_size} px or more; lower adversarial.num_layers"
+        )
+    if perceptual is not None:
+        perceptual.check_size(resolution, resolution)
 
 
 def describe_data(data: ImageDataset) -> dict:
@@ -119,12 +207,16 @@ def describe_data(data: ImageDataset) -> dict:
 
 
 @torch.no_grad()
-def reconstructions(autoencoder: AutoencoderKL, data: ImageDataset) -> Tensor:
-    """The first images and, in the row below, their reconstructions; uint8 (2 * NUM_PREVIEW_IMAGES, C, H, W)."""
+def preview(autoencoder: AutoencoderKL, data: ImageDataset) -> Tensor:
+    """The first images, their reconstructions and the `error_maps` between, a row each; uint8 (3 N, C, H, W).
+
+    N is NUM_PREVIEW_IMAGES, or less if there are no more.
+    """
     images = next(sequential_batches(data, NUM_PREVIEW_IMAGES))["image"].to(autoencoder.latent_mean.device)
     shape = (len(images), *autoencoder.latent_shape(images.shape[-1]))
     noise = torch.randn(shape, generator=generator(images.device, "preview"), device=images.device)
-    return to_uint8(torch.cat([images, autoencoder(images, noise).images])).cpu()
+    originals, reconstructions = to_uint8(images), to_uint8(autoencoder(images, noise).images)
+    return torch.cat([originals, reconstructions, error_maps(reconstructions, originals)]).cpu()
 
 
 def measure_latent_statistics(

@@ -149,7 +149,7 @@ class ShardWriter:
         self._class_names = list(class_names) if class_names is not None else None
         self._has_captions = False
         self._shards: list[ShardInfo] = []
-        self._shard: _ShardFile | None = None
+        self._shard: ShardFile | None = None
 
     def __enter__(self) -> ShardWriter:
         self._started = time.monotonic()
@@ -166,7 +166,7 @@ class ShardWriter:
         if unknown := set(sample).difference(EXTENSIONS):
             raise ValueError(f"unknown extensions {sorted(unknown)}; known are {', '.join(EXTENSIONS)}")
         if self._shard is None:
-            self._shard = _ShardFile(self.folder / f"shard-{len(self._shards):06d}.tar")
+            self._shard = ShardFile(self.folder / f"shard-{len(self._shards):06d}.tar")
         self._shard.write(self.num_samples, sample)
         self.num_samples += 1
         self._has_captions |= "txt" in sample
@@ -210,7 +210,7 @@ class ShardWriter:
         self.manifest = manifest
 
 
-class _ShardFile:
+class ShardFile:
     """One tar in the making: counts its samples, and hashes its bytes on their way to the disk."""
 
     def __init__(self, path: Path) -> None:
@@ -224,10 +224,12 @@ class _ShardFile:
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="ldgan", group="ldgan")
 
     def write(self, index: int, sample: Mapping[str, bytes]) -> None:
+        """Add a sample: extension -> content."""
         self._tar.write({"__key__": f"{index:09d}", **sample})
         self.num_samples += 1
 
     def close(self) -> ShardInfo:
+        """Complete the file; what the manifest says of it."""
         self._tar.close()
         self._sink.file.close()
         return ShardInfo(
@@ -238,6 +240,7 @@ class _ShardFile:
         )
 
     def abandon(self) -> None:
+        """Close the file as it is, without an end."""
         self._sink.abandoned = True
         self._sink.file.close()
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BETA_MAX = 20.0  # of Song et al. and Xiao et al.
 
-def vp_betas(num_steps: int, beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-3) -> Tensor:
+
+def vp_betas(num_steps: int, beta_min: float = 0.1, beta_max: float = BETA_MAX, epsilon: float = 1e-3) -> Tensor:
     """Betas b_1..b_T, float64 (T,), of the variance-preserving SDE cut into ``num_steps`` large steps.
 
     var(s) = 1 - exp(-s^2 (beta_max - beta_min) / 2 - s beta_min) at s_t = epsilon + (1 - epsilon) t / T

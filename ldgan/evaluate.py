@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from data_prep.sources import DIGIT_SOURCES, StackedMNIST, load_digits
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.run import resolve_checkpoint
-from ldgan.engine.session import make_accelerator
+from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import share
 from ldgan.generation import generate
 from ldgan.loading import AUTOENCODER_FOLDER, TrainedModel, load_model
@@ -52,7 +51,7 @@ def main() -> None:
     flags = parse_flags()
     accelerator = make_accelerator(flags.precision)
     folder = resolve_checkpoint(flags.checkpoint)
-    model = load_model(folder, accelerator.device)
+    model = load_model(folder, accelerator.device, flags.decoder)
     if model.resolution != 32:
         raise cli.UserError(f"{flags.checkpoint}: makes {model.resolution} px images, but --metrics modes judges 32 px")
     run = folder.parent.parent
@@ -143,11 +142,8 @@ def conditions(accelerator: Accelerator, flags: argparse.Namespace) -> dict[str,
         "seed": flags.seed,
         "batch_size": flags.batch_size,
         "precision": flags.precision,
-        "device": str(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
+        "decoder": flags.decoder,
+        **describe_machine(accelerator),
     }
 
 
@@ -201,6 +197,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default: 0)")
     parser.add_argument(
         "--batch-size", type=cli.positive, default=500, metavar="N", help="images per forward pass (default: 500)"
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("full", "light"),
+        default="full",
+        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks (default: fp32)"

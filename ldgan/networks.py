@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.networks import num_groups
+from autoencoder.blocks import num_groups
 from ldgan.engine.config import option
 
 

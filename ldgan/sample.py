@@ -13,7 +13,6 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import torch
@@ -22,7 +21,7 @@ from accelerate import Accelerator
 from autoencoder.latents import describe_latents, pack_moments
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
-from ldgan.engine.files import new_folder, temporary_name
+from ldgan.engine.files import BackgroundWrites, new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
 from ldgan.engine.session import make_accelerator
 from ldgan.generation import generate
@@ -46,7 +45,7 @@ def main() -> None:
     """Sample, decode, write."""
     flags = parse_flags()
     accelerator = make_accelerator(flags.precision)
-    model = load_model(flags.checkpoint, accelerator.device)
+    model = load_model(flags.checkpoint, accelerator.device, flags.decoder)
     if flags.save == "latents" and model.autoencoder is None:
         raise cli.UserError(f"{flags.checkpoint}: works on pixels and has no latents to save; leave out --save latents")
     if flags.save == "latents" and accelerator.num_processes > 1:
@@ -65,13 +64,14 @@ def save_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.N
     made_here = new_folder(flags.out) if accelerator.is_main_process else nullcontext(temporary_name(flags.out))
     with made_here as folder:
         accelerator.wait_for_everyone()  # until the folder is there
-        with ThreadPoolExecutor() as pool:  # zlib works beside the networks
+        with BackgroundWrites(max_pending=2 * flags.batch_size) as writes:  # zlib works beside the networks
             for numbers, x_0 in generate(
                 accelerator, model, num_images=flags.num_images, first_seed=flags.seed, batch_size=flags.batch_size
             ):
                 with accelerator.autocast():
                     images = model.decode(x_0)
-                list(pool.map(save_png, [folder / image_name(number) for number in numbers], images))
+                for number, image in zip(numbers, images):
+                    writes.submit(save_png, folder / image_name(number), image)
         accelerator.wait_for_everyone()  # until all images are there
         if accelerator.is_main_process:
             save_grid(folder, min(flags.num_images, MAX_GRID_IMAGES))
@@ -117,6 +117,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image (default: 0)")
     parser.add_argument(
         "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("full", "light"),
+        default="full",
+        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks (default: fp32)"

@@ -13,14 +13,13 @@ if __name__ == "__main__":
 from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
+from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
 from data_prep.loader import batches_of_run
 from ldgan.data import DataSource, open_source
-from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.diffusion import BETA_MAX, Diffusion, vp_betas
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import Stateful
 from ldgan.engine.command import parse_command, training_parser
@@ -29,12 +28,12 @@ from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.session import RunConfig, Session, make_accelerator
 from ldgan.loading import (
-    AUTOENCODER_FOLDER,
     KIND,
     WEIGHTS,
     TrainedModel,
     build_discriminator,
     build_generator,
+    keep_autoencoder,
 )
 from ldgan.networks import DiscriminatorConfig, GeneratorConfig
 from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
@@ -60,7 +59,7 @@ class TrainConfig:
     sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
     num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
     beta_max: float = option(
-        20.0, "noise rate at the end of the schedule; less puts more of the T steps at little noise"
+        BETA_MAX, "noise rate at the end of the schedule; less puts more of the T steps at little noise"
     )
     timestep_weights: list[float] = option([], "how often t = 1..T is drawn in training, in proportion; []: uniformly")
     run: RunConfig = option(RunConfig(), "")
@@ -112,7 +111,9 @@ def main() -> None:
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
-    keep_autoencoder(accelerator, config.autoencoder if config.latent else None, session.run.path)
+    if config.autoencoder is not None and config.latent and accelerator.is_main_process:
+        keep_autoencoder(Path(config.autoencoder), session.run.path)
+    accelerator.wait_for_everyone()
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = DiffusionGANTrainer(
@@ -199,14 +200,6 @@ def describe_run(source: DataSource, autoencoder: AutoencoderKL | None) -> dict:
         "data": data,
         "autoencoder": fingerprint(autoencoder) if autoencoder is not None else None,
     }
-
-
-def keep_autoencoder(accelerator: Accelerator, autoencoder: str | None, run: Path) -> None:
-    """Copy the autoencoder into the run, so that the run alone can make images."""
-    folder = run / AUTOENCODER_FOLDER
-    if autoencoder is not None and accelerator.is_main_process and not folder.exists():
-        copy_autoencoder(Path(autoencoder), folder)
-    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

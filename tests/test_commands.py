@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from autoencoder.distill import DistillConfig
 from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderConfig
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
@@ -413,13 +414,13 @@ def test_a_dry_run_prints_the_config_of_the_run(folder, tmp_path, stage, schema)
 )
 def test_the_configs_of_the_repository_load(path):
     schema = {"autoencoder": AutoencoderTrainConfig, "ldgan": GANTrainConfig}[path.parent.name]
-    config = load_config(schema, path, [])
+    config = load_config(DistillConfig if path.name.startswith("light_") else schema, path, [])
     config.run.micro_batches(num_processes=2)
 
 
 def test_help_shows_examples_of_the_command(pool):
     scripts = ["data_prep/make_shards.py"]
-    scripts += [f"autoencoder/{name}.py" for name in ("train", "encode", "decode")]
+    scripts += [f"autoencoder/{name}.py" for name in ("train", "evaluate", "encode", "decode", "distill", "export")]
     scripts += [f"ldgan/{name}.py" for name in ("train", "sample", "evaluate")]
     for script, text in zip(scripts, pool.map(lambda script: output(script, "--help"), scripts)):
         _, examples = text.split("examples:\n")

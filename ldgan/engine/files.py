@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ldgan.engine.cli import UserError
 
 
 def temporary_name(path: Path) -> Path:
@@ -46,6 +52,13 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(temporary)
 
 
+def commit(path: Path) -> None:
+    """Give a file that was written under its `temporary_name` its own name, once it is on the disk."""
+    temporary = temporary_name(path)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
 def write_through(path: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
@@ -54,8 +67,55 @@ def write_through(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a lack of permission into a UserError about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or mend it, then run the same command"
+        ) from error
+
+
+class BackgroundWrites:
+    """Jobs that write files, done by threads while the caller computes; a context manager.
+
+    At most ``max_pending`` jobs wait or run, which bounds their memory. An error of a job is raised by the next
+    `submit`, one that is waiting included, or at the end of the block, where all jobs are waited for. After an
+    error jobs that have not begun are dropped.
+    """
+
+    def __init__(self, max_pending: int) -> None:
+        self._slots = threading.BoundedSemaphore(max_pending)
+        self._pool = ThreadPoolExecutor(thread_name_prefix="writer")
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> BackgroundWrites:
+        return self
+
+    def submit(self, job: Callable[..., object], *arguments: Any) -> None:
+        """Have ``job(*arguments)`` done soon; waits while ``max_pending`` jobs are under way."""
+        self._slots.acquire()
+        if self._error is not None:
+            raise self._error
+        self._pool.submit(job, *arguments).add_done_callback(self._done)
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=exc is not None)
+        if exc is None and self._error is not None:
+            raise self._error
+
+    def _done(self, job: Future[object]) -> None:
+        if not job.cancelled() and self._error is None:
+            self._error = job.exception()
+        self._slots.release()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

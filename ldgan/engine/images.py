@@ -1,9 +1,10 @@
-"""Between float tensors, uint8 images, grids and PNG files."""
+"""Between float tensors, uint8 images, grids, and PNG and WebP files."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ldgan.engine.files import write_atomically
+
+MAX_WEBP_SIDE = 16383  # pixels; 14 bits in the format
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -44,12 +47,21 @@ def enlarge(images: Tensor, factor: int) -> Tensor:
     return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
 
 
-def save_png(path: Path, image: Tensor) -> None:
-    """Write a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB), as a PNG file that is complete or absent."""
+def encode_lossless(image: Tensor, image_format: Literal["png", "webp"]) -> bytes:
+    """Return a file's bytes for a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB).
+
+    WebP has no grey, so that it is read back as RGB, and at most `MAX_WEBP_SIDE` pixels a side.
+    """
     pixels = image.permute(1, 2, 0).cpu().numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    # PNG knows no other way and ignores the option.
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, image_format, lossless=True)
+    return buffer.getvalue()
+
+
+def save_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB), as a PNG file that is complete or absent."""
+    write_atomically(path, encode_lossless(image, "png"))
 
 
 def load_png(path: Path) -> Tensor:

@@ -11,6 +11,7 @@ loop of a stage is
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ MAY_CHANGE = (
 )
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of ``run.precision``
+
+
 def make_accelerator(precision: Literal["fp32", "bf16"], num_threads: int = 0) -> Accelerator:
     """The accelerator of this process, on whatever `accelerate launch` chose; ``num_threads`` as in `RunConfig`."""
     # Said outright, since two processes without an accelerator would otherwise not find each other.
@@ -83,6 +87,17 @@ def make_accelerator(precision: Literal["fp32", "bf16"], num_threads: int = 0) -
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(num_threads or max(1, num_cores // accelerator.num_processes))
     return accelerator
+
+
+def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
+    """On what a number was computed, for the record of an evaluation."""
+    return {
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
 
 
 class Session:

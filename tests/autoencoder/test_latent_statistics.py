@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from autoencoder.latent_statistics import LatentMoments, accumulate_moments
-from autoencoder.networks import AutoencoderKL
 
 CPU = torch.device("cpu")
 
@@ -48,17 +47,8 @@ def test_large_means_do_not_swallow_the_std() -> None:
     np.testing.assert_allclose(moments.statistics()[1].item(), latents.numpy().std(), rtol=1e-4)
 
 
-def test_standardised_latents_of_the_data_have_mean_0_and_std_1() -> None:
-    torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        image_channels=3,
-        latent_channels=2,
-        base_channels=4,
-        channel_multipliers=[1, 1],
-        num_res_blocks=1,
-        mid_attention=False,
-        dropout=0.0,
-    )
+def test_standardised_latents_of_the_data_have_mean_0_and_std_1(tiny_autoencoder) -> None:
+    autoencoder = tiny_autoencoder()
     images = torch.rand(64, 3, 8, 8) * 2 - 1
     autoencoder.set_latent_statistics(*accumulate_moments(autoencoder, images.split(10), CPU).statistics())
     with torch.no_grad():

@@ -26,16 +26,17 @@ from rich.table import Table
 
 from autoencoder.loading import build_autoencoder
 from autoencoder.networks import AutoencoderKL
+from autoencoder.perceptual import build_perceptual
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
+from autoencoder.train import build_players
 from autoencoder.training import AutoencoderTrainer
 from ldgan.diffusion import Diffusion, vp_betas
 from ldgan.engine import cli
 from ldgan.engine.config import load_config
-from ldgan.engine.ema import EMA
-from ldgan.engine.optimization import adamw
 from ldgan.engine.session import make_accelerator
 from ldgan.loading import TrainedModel
-from ldgan.train import TrainConfig, build_players
+from ldgan.train import TrainConfig
+from ldgan.train import build_players as build_gan_players
 from ldgan.training import DiffusionGANTrainer
 
 NUM_SAMPLES = 500
@@ -62,7 +63,7 @@ def main() -> None:
         row = (f"{median:.3f}", f"{upper - lower:.3f}", f"{batch / median:,.0f}")
         table.add_row(what, str(batch), second.run.precision, *row)
 
-    add("autoencoder step", first.run.batch_size, autoencoder_step(accelerator, autoencoder, first, flags.resolution))
+    add("autoencoder step", first.run.batch_size, autoencoder_step(accelerator, first, flags.resolution))
     data_shape = autoencoder.latent_shape(flags.resolution)
     gan_step, model = diffusion_gan(accelerator, autoencoder, second, data_shape, flags.resolution)
     add("diffusion GAN step, both players", second.run.batch_size, gan_step)
@@ -96,22 +97,21 @@ def timed(work: Callable[[], object], repeats: int, warmup: int = 3) -> list[flo
     return times[warmup:]
 
 
-def autoencoder_step(
-    accelerator: Accelerator, autoencoder: AutoencoderKL, config: AutoencoderTrainConfig, resolution: int
-) -> Callable[[], object]:
-    """One training step of stage 1 on random images."""
+def autoencoder_step(accelerator: Accelerator, config: AutoencoderTrainConfig, resolution: int) -> Callable[[], object]:
+    """One training step of stage 1 on random images, of both players where the config has two."""
     trainer = AutoencoderTrainer(
         accelerator,
-        autoencoder,
-        adamw(autoencoder.parameters(), config.optimizer),
-        EMA(autoencoder, config.ema_halflife_images, rampup_ratio=0.05),
+        build_players(config, accelerator.device),
+        build_perceptual(config.perceptual, accelerator.device),
         loss=config.loss,
+        perceptual_weight=config.perceptual.weight,
+        adversarial=config.adversarial,
         num_micro_batches=1,
         batch_size=config.run.batch_size,
         seed=0,
     )
     batch = {"image": torch.rand(config.run.batch_size, 3, resolution, resolution) * 2 - 1}
-    steps = itertools.count(1)
+    steps = itertools.count(config.adversarial.start_step)
     return lambda: trainer.step(next(steps), iter([batch]))
 
 
@@ -123,7 +123,7 @@ def diffusion_gan(
     resolution: int,
 ) -> tuple[Callable[[], object], TrainedModel]:
     """One step of both players on random latents (the lazy penalty in its turn), and the model to sample from."""
-    players = build_players(config, data_shape, accelerator.device)
+    players = build_gan_players(config, data_shape, accelerator.device)
     diffusion = Diffusion(vp_betas(config.num_timesteps))
     trainer = DiffusionGANTrainer(
         accelerator,

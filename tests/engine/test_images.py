@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldgan.engine.images import enlarge, from_uint8, image_grid, load_png, save_png, to_uint8
+from ldgan.engine.images import encode_lossless, enlarge, from_uint8, image_grid, load_png, save_png, to_uint8
 
 
 def test_every_byte_survives_the_round_trip() -> None:
@@ -64,6 +65,16 @@ def test_png_files_read_back_to_the_same_pixels(tmp_path: Path, channels: int) -
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     save_png(tmp_path / "image.png", image)
     assert torch.equal(load_png(tmp_path / "image.png"), image)
+
+
+@pytest.mark.parametrize("image_format", ["png", "webp"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_format_loses_a_bit(image_format: str, channels: int) -> None:
+    image = torch.randint(0, 256, (channels, 33, 17), dtype=torch.uint8)
+    with Image.open(io.BytesIO(encode_lossless(image, image_format))) as read:
+        assert read.format == image_format.upper()
+        pixels = np.array(read.convert("RGB"))
+    assert np.array_equal(pixels, image.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 def test_enlarged_pixels_are_squares_of_themselves() -> None:

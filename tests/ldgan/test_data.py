@@ -14,24 +14,11 @@ from ldgan.data import EncodedImages, Pixels, StoredLatents, open_source
 from ldgan.engine.cli import UserError
 
 
-def new_autoencoder(seed: int) -> AutoencoderKL:
-    torch.manual_seed(seed)
-    autoencoder = AutoencoderKL(
-        image_channels=3,
-        latent_channels=2,
-        base_channels=4,
-        channel_multipliers=[1, 1],
-        num_res_blocks=1,
-        mid_attention=False,
-        dropout=0.0,
-    )
+@pytest.fixture
+def autoencoder(tiny_autoencoder) -> AutoencoderKL:
+    autoencoder = tiny_autoencoder()
     autoencoder.set_latent_statistics(torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.1]))
     return autoencoder.eval().requires_grad_(False)
-
-
-@pytest.fixture
-def autoencoder() -> AutoencoderKL:
-    return new_autoencoder(0)
 
 
 @pytest.fixture
@@ -75,8 +62,8 @@ def test_latent_shards_open_with_their_autoencoder(latent_shards: str, autoencod
     assert source.shape == (2, 4, 4)
 
 
-def test_latent_shards_refuse_no_autoencoder_and_another_one(latent_shards: str) -> None:
+def test_latent_shards_refuse_no_autoencoder_and_another_one(latent_shards: str, tiny_autoencoder) -> None:
     with pytest.raises(UserError, match="holds latents; give --latent and autoencoder=RUN"):
         open_source(latent_shards, None)
     with pytest.raises(UserError, match="latents of another autoencoder"):
-        open_source(latent_shards, new_autoencoder(1))
+        open_source(latent_shards, tiny_autoencoder(seed=1))

@@ -13,7 +13,6 @@ from ldgan.networks import (
     Generator,
     UNetBlock,
     append_minibatch_stddev,
-    num_groups,
     residual_outputs,
 )
 
@@ -195,11 +194,3 @@ def test_minibatch_stddev_of_equal_samples_has_a_finite_gradient() -> None:
     append_minibatch_stddev(x)[:, -1].sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, torch.zeros_like(x))
-
-
-@pytest.mark.parametrize(
-    ("channels", "groups"),
-    [(1, 1), (3, 1), (4, 1), (6, 1), (8, 2), (12, 2), (24, 4), (48, 8), (64, 16), (128, 32), (512, 32)],
-)
-def test_groups_have_at_least_four_channels(channels: int, groups: int) -> None:
-    assert num_groups(channels) == groups

@@ -1,0 +1,266 @@
+"""Decoding many latents to disk: what is left to do, who does it, and the two kinds of output.
+
+Blocks of images are shared out among processes. A batch is decoded as a whole even if some of its images are there
+already, so that an image has the same bits whether or not the work was interrupted, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from data_prep.loader import LatentDataset, SampleRef
+from data_prep.shards import Manifest, ShardFile, ShardInfo
+from ldgan.engine.cli import UserError
+from ldgan.engine.files import BackgroundWrites, commit, new_folder, temporary_name, write_atomically, writing_to
+from ldgan.engine.images import encode_lossless, to_uint8
+from ldgan.engine.progress import ProgressBar
+
+DESCRIPTION = "decoding.json"
+READ_AHEAD_BATCHES = 2
+
+
+class Output(abc.ABC):
+    """A folder that images are written to by number; safe to use from several threads.
+
+    Images number k * ``block_size`` to (k + 1) * ``block_size`` - 1 are a block, the work of one process.
+    """
+
+    def __init__(self, folder: Path, block_size: int) -> None:
+        self.folder, self.block_size = folder, block_size
+
+    @abc.abstractmethod
+    def is_written(self, number: int) -> bool:
+        """Whether image ``number`` is on the disk for good."""
+
+    @abc.abstractmethod
+    def write(self, number: int, image: Tensor, label: int) -> None:
+        """Write a uint8 image (C, H, W); ``label`` is -1 for none."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of what is not complete; the next run writes it again."""
+
+
+class ImageFiles(Output):
+    """One file for each image, lossless: ``000000000.png``, ``000000001.png``, ... or the same with ``.webp``."""
+
+    def __init__(self, folder: Path, image_format: Literal["png", "webp"], block_size: int) -> None:
+        super().__init__(folder, block_size)
+        self._format = image_format
+
+    def is_written(self, number: int) -> bool:
+        """Whether there is a file of that number: it gets its name when it is complete."""
+        return self._path(number).exists()
+
+    def write(self, number: int, image: Tensor, label: int) -> None:
+        """Write one file; files have no labels."""
+        write_atomically(self._path(number), encode_lossless(image, self._format))
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:09d}.{self._format}"
+
+
+class ImageShards(Output):
+    """A shard set of PNG images, see `data_prep.shards`; a block is a shard, complete or absent."""
+
+    def __init__(self, folder: Path, num_images: int, samples_per_shard: int) -> None:
+        super().__init__(folder, samples_per_shard)
+        self._num_images = num_images
+        self._lock = threading.Lock()
+        self._open: dict[int, _OrderedShard] = {}
+
+    def is_written(self, number: int) -> bool:
+        """Whether the shard that image ``number`` belongs to is complete."""
+        return self._path(number // self.block_size).exists()
+
+    def write(self, number: int, image: Tensor, label: int) -> None:
+        """Append an image to its shard, after those before it."""
+        sample = {"png": encode_lossless(image, "png")} | ({"cls": str(label).encode()} if label >= 0 else {})
+        shard = number // self.block_size
+        with self._lock:
+            if shard not in self._open:
+                self._open[shard] = _OrderedShard(self._path(shard), self._block(shard))
+            if self._open[shard].put(number, sample):
+                del self._open[shard]
+
+    def close(self) -> None:
+        """Abandon shards that are not complete."""
+        for shard in self._open.values():
+            shard.abandon()
+        self._open.clear()
+
+    def write_manifest(self, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float) -> None:
+        """Make the shards of all processes and runs a shard set; ``seconds`` as in `Manifest`."""
+        blocks = [self._block(shard) for shard in range(-(-self._num_images // self.block_size))]
+        manifest = Manifest(
+            kind="images",
+            num_samples=self._num_images,
+            shards=tuple(_describe(self._path(shard), len(block)) for shard, block in enumerate(blocks)),
+            class_names=list(class_names) if class_names is not None else None,
+            has_captions=False,
+            seconds=seconds,
+            details=dict(details),
+        )
+        with writing_to(self.folder):
+            manifest.write(self.folder)
+
+    def _block(self, shard: int) -> range:
+        first = shard * self.block_size
+        return range(first, min(first + self.block_size, self._num_images))
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:06d}.tar"
+
+
+class _OrderedShard:
+    """A tar in the making, whose samples arrive in nearly the right order."""
+
+    def __init__(self, path: Path, numbers: range) -> None:
+        self._path, self._numbers, self._next = path, numbers, numbers.start
+        self._early: dict[int, dict[str, bytes]] = {}
+        self._tar = ShardFile(temporary_name(path))
+
+    def put(self, number: int, sample: dict[str, bytes]) -> bool:
+        """Take a sample; True if it was the last one missing, and the shard is on the disk."""
+        self._early[number] = sample
+        while self._next in self._early:
+            self._tar.write(self._next, self._early.pop(self._next))
+            self._next += 1
+        if self._next < self._numbers.stop:
+            return False
+        self._tar.close()
+        commit(self._path)
+        return True
+
+    def abandon(self) -> None:
+        self._tar.abandon()
+        temporary_name(self._path).unlink(missing_ok=True)
+
+
+def _describe(path: Path, num_samples: int) -> ShardInfo:
+    """What the manifest says about a shard, read from the disk: another process or run may have written it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return ShardInfo(path.name, num_samples, path.stat().st_size, digest.hexdigest())
+
+
+def begin(folder: Path, decoding: Mapping[str, Any]) -> bool:
+    """Make ``folder`` with a note of what it is for, or check the one that an earlier run left there.
+
+    Returns:
+        Whether an earlier run has finished the same decoding.
+
+    Raises:
+        UserError: the folder is of another decoding or of something else, or cannot be written.
+    """
+    path = folder / DESCRIPTION
+    if path.exists():
+        return _finished_before(path, decoding)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already and is no decoding to continue; choose another --out")
+    with writing_to(folder), new_folder(folder) as temporary:
+        _write_description(temporary, decoding, finished=False)
+    return False
+
+
+def finish(folder: Path, decoding: Mapping[str, Any]) -> None:
+    """Note that everything is there."""
+    with writing_to(folder):
+        _write_description(folder, decoding, finished=True)
+
+
+def _write_description(folder: Path, decoding: Mapping[str, Any], *, finished: bool) -> None:
+    write_atomically(folder / DESCRIPTION, json.dumps({**decoding, "finished": finished}, indent=2) + "\n")
+
+
+def _finished_before(path: Path, decoding: Mapping[str, Any]) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        finished = found.pop("finished")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error}); choose another --out") from error
+    for key, value in decoding.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path.parent}: exists already, of another decoding ({key} {found.get(key)}, now {value});"
+                " choose another --out"
+            )
+    return finished is True
+
+
+def unfinished_blocks(output: Output, num_images: int) -> list[range]:
+    """The image numbers of each block of which something is not written yet."""
+    blocks = [
+        range(first, min(first + output.block_size, num_images)) for first in range(0, num_images, output.block_size)
+    ]
+    return [block for block in blocks if not all(map(output.is_written, block))]
+
+
+def batches_of_blocks(blocks: Sequence[range], batch_size: int) -> list[range]:
+    """Cut blocks into batches; a block's last batch may be smaller."""
+    return [block[first : first + batch_size] for block in blocks for first in range(0, len(block), batch_size)]
+
+
+@torch.inference_mode()
+def decode_batches(
+    decode: Callable[[Tensor], Tensor],
+    latents: LatentDataset,
+    output: Output,
+    batches: Sequence[range],
+    device: torch.device | str,
+    bar: ProgressBar,
+) -> None:
+    """Decode the latents (posterior means) of ``batches`` of image numbers, and write what is not there yet.
+
+    Reading, decoding and writing overlap. On a GPU even the copy to the CPU is the writers' business, so that
+    the next batch is queued before this one is done.
+    """
+    if not batches:
+        return
+    max_pending = 2 * max(map(len, batches))  # while one batch is being written, the next one is handed over
+    with closing(output), BackgroundWrites(max_pending) as writes:
+        for numbers, batch in zip(batches, read_ahead(latents, batches)):
+            images = to_uint8(decode(batch["mean"].to(device)))
+            for number, image, label in zip(numbers, images, batch["label"].tolist()):
+                writes.submit(_write_missing, output, number, image, label)
+            bar.advance(len(numbers))
+
+
+def read_ahead(latents: LatentDataset, batches: Sequence[range]) -> Iterator[dict[str, Tensor]]:
+    """Yield batches as `data_prep.loader` does, read by a thread while the ones before are worked on."""
+
+    def read(numbers: range) -> dict[str, Tensor]:
+        return default_collate([latents[SampleRef(number, flip=False)] for number in numbers])
+
+    waiting = iter(batches)
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as thread:
+        pending = deque(thread.submit(read, numbers) for numbers in islice(waiting, READ_AHEAD_BATCHES))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(thread.submit(read, numbers) for numbers in islice(waiting, 1))
+            yield batch
+
+
+def _write_missing(output: Output, number: int, image: Tensor, label: int) -> None:
+    with writing_to(output.folder):
+        if not output.is_written(number):
+            output.write(number, image, label)
