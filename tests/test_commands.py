@@ -278,6 +278,21 @@ def test_saved_latents_decode_to_the_same_files(samples):
         assert (samples / "decoded" / name).read_bytes() == (samples / "png" / name).read_bytes()
 
 
+def test_a_light_decoder_serves_sampling_and_decoding_alike(samples):
+    gan = shutil.copytree(samples / "gan", samples / "gan_with_light_decoder")
+    autoencoder = ("--autoencoder", gan / "autoencoder")
+    network = ("network.widths=[8]", "network.num_blocks=[1]", f"run.dir={samples / 'light_decoder'}")
+    data = (f"autoencoder={gan / 'autoencoder'}", f"latents={samples / 'latents'}")
+    output(*ONE_PROCESS, "autoencoder/distill.py", *data, *RUN, *network)
+    light = ("--decoder", "light", "--out")
+    output("ldgan/sample.py", "--checkpoint", gan, "--num-images", 8, *light, samples / "light_png")
+    latents = ("--latents", samples / "saved_latents")
+    output("autoencoder/decode.py", *autoencoder, *latents, *light, samples / "light_decoded")
+    images = pixels(samples / "light_png", range(8))
+    assert_same_images(images, pixels(samples / "light_decoded", range(8)))
+    assert np.abs(images.astype(int) - pixels(samples / "png", range(8))).max() > 10  # not the full decoder's
+
+
 def test_an_image_depends_on_its_seed_alone(samples):
     images = pixels(samples / "png", range(13))
     assert_same_images(pixels(samples / "seed_3", range(10)), images[3:])  # batches of 4 and of 2
