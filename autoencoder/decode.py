@@ -129,7 +129,7 @@ def describe(
         "num_images": len(shards),
         "autoencoder": fingerprint(autoencoder),
         "decoder": flags.decoder,
-        "decoder_fingerprint": fingerprint(decoder),  # type: ignore[arg-type]
+        "decoder_fingerprint": fingerprint(decoder),
         "precision": flags.precision,
         "tile": flags.tile,
         "overlap": flags.overlap,

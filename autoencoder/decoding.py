@@ -28,6 +28,7 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.files import BackgroundWrites, commit, new_folder, temporary_name, write_atomically, writing_to
 from ldgan.engine.images import encode_lossless, to_uint8
 from ldgan.engine.progress import ProgressBar
+from ldgan.engine.shares import batches
 
 DESCRIPTION = "decoding.json"
 READ_AHEAD_BATCHES = 2
@@ -209,15 +210,13 @@ def _finished_before(path: Path, decoding: Mapping[str, Any]) -> bool:
 
 def unfinished_blocks(output: Output, num_images: int) -> list[range]:
     """The image numbers of each block of which something is not written yet."""
-    blocks = [
-        range(first, min(first + output.block_size, num_images)) for first in range(0, num_images, output.block_size)
-    ]
+    blocks = batches(range(num_images), output.block_size)
     return [block for block in blocks if not all(map(output.is_written, block))]
 
 
 def batches_of_blocks(blocks: Sequence[range], batch_size: int) -> list[range]:
     """Cut blocks into batches; a block's last batch may be smaller."""
-    return [block[first : first + batch_size] for block in blocks for first in range(0, len(block), batch_size)]
+    return [batch for block in blocks for batch in batches(block, batch_size)]
 
 
 @torch.inference_mode()
@@ -225,33 +224,33 @@ def decode_batches(
     decode: Callable[[Tensor], Tensor],
     latents: LatentDataset,
     output: Output,
-    batches: Sequence[range],
+    work: Sequence[range],
     device: torch.device | str,
     bar: ProgressBar,
 ) -> None:
-    """Decode the latents (posterior means) of ``batches`` of image numbers, and write what is not there yet.
+    """Decode the latents (posterior means) of ``work``, batches of image numbers, and write what is not there yet.
 
     Reading, decoding and writing overlap. On a GPU even the copy to the CPU is the writers' business, so that
     the next batch is queued before this one is done.
     """
-    if not batches:
+    if not work:
         return
-    max_pending = 2 * max(map(len, batches))  # while one batch is being written, the next one is handed over
+    max_pending = 2 * max(map(len, work))  # while one batch is being written, the next one is handed over
     with closing(output), BackgroundWrites(max_pending) as writes:
-        for numbers, batch in zip(batches, read_ahead(latents, batches)):
+        for numbers, batch in zip(work, read_ahead(latents, work)):
             images = to_uint8(decode(batch["mean"].to(device)))
             for number, image, label in zip(numbers, images, batch["label"].tolist()):
                 writes.submit(_write_missing, output, number, image, label)
             bar.advance(len(numbers))
 
 
-def read_ahead(latents: LatentDataset, batches: Sequence[range]) -> Iterator[dict[str, Tensor]]:
+def read_ahead(latents: LatentDataset, work: Sequence[range]) -> Iterator[dict[str, Tensor]]:
     """Yield batches as `data_prep.loader` does, read by a thread while the ones before are worked on."""
 
     def read(numbers: range) -> dict[str, Tensor]:
         return default_collate([latents[SampleRef(number, flip=False)] for number in numbers])
 
-    waiting = iter(batches)
+    waiting = iter(work)
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as thread:
         pending = deque(thread.submit(read, numbers) for numbers in islice(waiting, READ_AHEAD_BATCHES))
         while pending:

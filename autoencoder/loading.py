@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from autoencoder.diffusers_format import is_diffusers_folder
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
@@ -77,10 +78,10 @@ def _describe(autoencoder: AutoencoderKL) -> dict[str, Any]:
     }
 
 
-def fingerprint(autoencoder: AutoencoderKL) -> str:
+def fingerprint(network: nn.Module) -> str:
     """SHA-256 (hex) over names, shapes and bytes of all weights and latent statistics."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(autoencoder.state_dict().items()):
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
