@@ -30,7 +30,7 @@ from autoencoder.decoding import (
     unfinished_blocks,
 )
 from autoencoder.latents import check_latents
-from autoencoder.light_decoder import LightDecoder, load_light_decoder
+from autoencoder.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
 from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
 from autoencoder.tiling import decode_tiled
@@ -39,7 +39,7 @@ from data_prep.shards import ShardSet
 from ldgan.engine import cli
 from ldgan.engine.images import MAX_WEBP_SIDE
 from ldgan.engine.progress import progress_bar
-from ldgan.engine.session import make_accelerator
+from ldgan.engine.session import add_precision_flag, make_accelerator
 
 EXAMPLES = """
 examples:
@@ -182,13 +182,8 @@ def parse_flags() -> argparse.Namespace:
         metavar="N",
         help="images in a tar, for --format shards (default: 1000)",
     )
-    add(
-        "--decoder",
-        choices=("full", "light"),
-        default="full",
-        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
-    )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the decoder (default: fp32)")
+    add_decoder_flag(parser)
+    add_precision_flag(parser)
     add("--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)")
     add(
         "--tile",

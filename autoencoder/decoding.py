@@ -83,7 +83,7 @@ class ImageShards(Output):
 
     def __init__(self, folder: Path, num_images: int, samples_per_shard: int) -> None:
         super().__init__(folder, samples_per_shard)
-        self._num_images = num_images
+        self._blocks = list(batches(range(num_images), samples_per_shard))
         self._lock = threading.Lock()
         self._open: dict[int, _OrderedShard] = {}
 
@@ -97,7 +97,7 @@ class ImageShards(Output):
         shard = number // self.block_size
         with self._lock:
             if shard not in self._open:
-                self._open[shard] = _OrderedShard(self._path(shard), self._block(shard))
+                self._open[shard] = _OrderedShard(self._path(shard), self._blocks[shard])
             if self._open[shard].put(number, sample):
                 del self._open[shard]
 
@@ -109,11 +109,10 @@ class ImageShards(Output):
 
     def write_manifest(self, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float) -> None:
         """Make the shards of all processes and runs a shard set; ``seconds`` as in `Manifest`."""
-        blocks = [self._block(shard) for shard in range(-(-self._num_images // self.block_size))]
         manifest = Manifest(
             kind="images",
-            num_samples=self._num_images,
-            shards=tuple(_describe(self._path(shard), len(block)) for shard, block in enumerate(blocks)),
+            num_samples=sum(map(len, self._blocks)),
+            shards=tuple(_describe(self._path(shard), len(block)) for shard, block in enumerate(self._blocks)),
             class_names=list(class_names) if class_names is not None else None,
             has_captions=False,
             seconds=seconds,
@@ -121,10 +120,6 @@ class ImageShards(Output):
         )
         with writing_to(self.folder):
             manifest.write(self.folder)
-
-    def _block(self, shard: int) -> range:
-        first = shard * self.block_size
-        return range(first, min(first + self.block_size, self._num_images))
 
     def _path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:06d}.tar"

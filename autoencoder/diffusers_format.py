@@ -21,7 +21,7 @@ from autoencoder.networks import AutoencoderConfig, AutoencoderKL
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict
 from ldgan.engine.files import new_folder, write_through
-from ldgan.engine.weights import load_weights
+from ldgan.engine.weights import check_fit, load_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "AutoencoderKL"
@@ -78,7 +78,8 @@ def load_diffusers(folder: Path) -> AutoencoderKL:
     autoencoder = AutoencoderKL(**vars(_to_config(settings, folder / CONFIG_FILE)))
     autoencoder.set_latent_statistics(*_latent_statistics(settings, folder / CONFIG_FILE))
     found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(folder).items()}
-    _check_fit(folder / WEIGHTS_FILE, found, _to_diffusers(autoencoder))
+    why = f"it does not belong to its {CONFIG_FILE}"
+    check_fit(folder / WEIGHTS_FILE, found, _to_diffusers(autoencoder), by=f"by its {CONFIG_FILE}", why=why)
     state = autoencoder.state_dict()
     for ours, theirs in _tensor_names(autoencoder):
         state[ours].copy_(torch.cat([found[name] for name in theirs]).view_as(state[ours]))
@@ -210,19 +211,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if others and WEIGHTS_FILE not in others:
         raise UserError(f"{folder}: holds {others[0]}, and only {WEIGHTS_FILE} can be loaded; save it again unsharded")
     return load_weights(folder / WEIGHTS_FILE)
-
-
-def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(
-            f"{path}: {len(missing)} tensors missing (first: {missing[:1]}) and {len(unknown)} unknown"
-            f" (first: {unknown[:1]}); it does not belong to its {CONFIG_FILE}"
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            shapes = f"{list(found[name].shape)} in the file, {list(tensor.shape)} by its {CONFIG_FILE}"
-            raise UserError(f"{path}: {name}: shape {shapes}; they do not belong together")
 
 
 def _to_diffusers(autoencoder: AutoencoderKL) -> dict[str, Tensor]:

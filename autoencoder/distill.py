@@ -19,7 +19,6 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from autoencoder.distillation import DistillationTrainer, agreement_metrics, measure_agreement, posterior_moments
-from autoencoder.evaluation import error_maps
 from autoencoder.latents import check_latents
 from autoencoder.light_decoder import (
     KIND,
@@ -39,7 +38,7 @@ from ldgan.engine.checkpoint import DESCRIPTION_FILE, Stateful, read_description
 from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import MISSING, option, to_dict
 from ldgan.engine.ema import EMA
-from ldgan.engine.images import to_uint8
+from ldgan.engine.images import error_maps, to_uint8
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.run import RunFolder
 from ldgan.engine.session import RunConfig, Session, make_accelerator
@@ -142,11 +141,7 @@ def open_latents(config: DistillConfig, autoencoder: AutoencoderKL) -> LatentDat
     shards = ShardSet.open(config.latents)
     if shards.manifest.kind == "images":
         return ImageDataset(shards)
-    check_latents(shards, autoencoder)
-    if config.flips and not shards.manifest.details["flips"]:
-        raise cli.UserError(
-            f"{config.latents}: holds no latents of mirror images; encode with --flips, or set flips=false"
-        )
+    check_latents(shards, autoencoder, flips=config.flips)
     return LatentDataset(shards)
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from autoencoder.evaluation import PSNR, ImageMetric, MeanOverImages, perceptual_metric
+from autoencoder.latents import draw
 from autoencoder.light_decoder import LightDecoder
 from autoencoder.losses import reconstruction_loss
 from autoencoder.networks import AutoencoderKL
@@ -68,7 +69,7 @@ class DistillationTrainer:
         """Latents (B, c, h, w), samples of the batch's posteriors, and their full decoding (B, C, H, W)."""
         with self._accelerator.autocast():
             mean, std = posterior_moments(self._autoencoder, batch)
-            latents = mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
+            latents = draw(mean, std, noise)
             return latents, self._autoencoder.decode(latents)
 
     def losses(self, latents: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -29,7 +29,6 @@ from autoencoder.evaluation import (
     Evaluation,
     ImageMetric,
     decode_uint8,
-    error_maps,
     perceptual_metric,
     reconstruct,
 )
@@ -41,9 +40,9 @@ from data_prep.shards import ShardSet
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.files import new_folder
-from ldgan.engine.images import enlarge, image_grid, save_png, to_uint8
+from ldgan.engine.images import enlarge, error_maps, image_grid, save_png, to_uint8
 from ldgan.engine.progress import progress_bar
-from ldgan.engine.run import resolve_checkpoint
+from ldgan.engine.run import append_evaluation, resolve_checkpoint, run_of
 from ldgan.engine.seeding import randn_per_sample
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches, share
@@ -53,7 +52,7 @@ from ldgan.metrics.pixels import ssim
 
 NUM_COLUMNS, NUM_PRIOR_SAMPLES = 8, 64  # in the pictures
 MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor
-RESULT_FILE, HISTORY_FILE = "evaluation.json", "evaluations.jsonl"
+RESULT_FILE = "evaluation.json"
 
 EXAMPLES = """
 examples:
@@ -93,7 +92,8 @@ def main() -> None:
         }
         print_tables(result)
         folder = save(result, pictures(evaluation, data, num_images), flags)
-        print(f"numbers and pictures in {folder}, a line in {run_folder(flags.autoencoder) / HISTORY_FILE}")
+        history = append_evaluation(run_of(flags.autoencoder), result)
+        print(f"numbers and pictures in {folder}, a line in {history}")
 
 
 def check_images(autoencoder: AutoencoderKL, data: ImageDataset, num_images: int | None) -> int:
@@ -244,21 +244,13 @@ def pictures(evaluation: Evaluation, data: ImageDataset, num_images: int) -> dic
 
 
 def save(result: dict[str, Any], grids: dict[str, Tensor], flags: argparse.Namespace) -> Path:
-    """Write numbers and pictures into a new folder, which is returned, and a line into the run's history."""
-    run = run_folder(flags.autoencoder)
-    out = flags.out or next_folder(run / "evaluations")
+    """Write numbers and pictures into a new folder, which is returned."""
+    out = flags.out or next_folder(run_of(flags.autoencoder) / "evaluations")
     with new_folder(out) as folder:
         (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         for name, grid in grids.items():
             save_png(folder / name, grid)
-    with (run / HISTORY_FILE).open("a", encoding="utf-8") as history:
-        history.write(json.dumps(result) + "\n")
     return out
-
-
-def run_folder(path: Path) -> Path:
-    """The run that ``path``, a run or one of its checkpoints, belongs to; otherwise ``path``."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def next_folder(parent: Path) -> Path:

@@ -161,12 +161,3 @@ def raw_posterior(autoencoder: AutoencoderKL, posterior: Posterior) -> Posterior
     """The posterior before its standardisation: what `AutoencoderKL.encode` did, undone."""
     mean, std = autoencoder.latent_mean, autoencoder.latent_std
     return Posterior(posterior.mean * std + mean, posterior.log_variance + 2 * std.log())
-
-
-def error_maps(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Absolute difference of uint8 images (B, C, H, W), mean over channels, as grey images of that shape.
-
-    Black is no difference; white is 64 of 255 grey levels or more.
-    """
-    difference = (reconstructions.float() - images.float()).abs().mean(dim=1, keepdim=True)
-    return (difference * (255 / 64)).round().clamp(max=255).to(torch.uint8).expand_as(images)

@@ -6,6 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from autoencoder.loading import fingerprint
@@ -24,14 +25,21 @@ def describe_latents(autoencoder: AutoencoderKL, resolution: int, *, flips: bool
     }
 
 
-def check_latents(shards: ShardSet, autoencoder: AutoencoderKL) -> None:
-    """Raise a UserError unless ``autoencoder`` is the one that made these latents."""
+def check_latents(shards: ShardSet, autoencoder: AutoencoderKL, *, flips: bool = False) -> None:
+    """Raise a UserError unless ``autoencoder`` made these latents, with those of mirror images if ``flips``."""
     made_by, given = shards.manifest.details.get("autoencoder"), fingerprint(autoencoder)
     if made_by != given:
         raise UserError(
             f"{shards.folder}: latents of another autoencoder (fingerprint {str(made_by)[:12]}, given {given[:12]});"
             " give the autoencoder that encoded them, or encode again with autoencoder/encode.py"
         )
+    if flips and not shards.manifest.details["flips"]:
+        raise UserError(f"{shards.folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
+
+
+def draw(mean: Tensor, std: Tensor, noise: torch.Generator) -> Tensor:
+    """A sample of N(mean, std^2), in their shape."""
+    return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
 
 
 def pack_moments(moments: Tensor, label: int) -> dict[str, bytes]:

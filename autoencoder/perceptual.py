@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
-from ldgan.engine.weights import fill, load_weights
+from ldgan.engine.weights import TORCHVISION_FILES, fill, load_weights
 
 TIMM_PREFIX = "timm:"
 
@@ -39,16 +39,19 @@ class Backbone(NamedTuple):
 
     lpips_name: str
     torchvision_name: str
-    file_name: str
-    """Under which torchvision downloads the weights."""
     min_size: int
     """Smallest height and width, in pixels, of which its last feature map has a position left."""
 
+    @property
+    def file_name(self) -> str:
+        """Under which torchvision publishes the weights."""
+        return TORCHVISION_FILES[self.torchvision_name]
+
 
 PERCEPTUAL_NETWORKS: Mapping[str, Backbone] = {
-    "lpips-alex": Backbone("alex", "alexnet", "alexnet-owt-7be5be79.pth", 31),
-    "lpips-squeeze": Backbone("squeeze", "squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", 17),
-    "lpips-vgg": Backbone("vgg", "vgg16", "vgg16-397923af.pth", 16),
+    "lpips-alex": Backbone("alex", "alexnet", 31),
+    "lpips-squeeze": Backbone("squeeze", "squeezenet1_1", 17),
+    "lpips-vgg": Backbone("vgg", "vgg16", 16),
 }
 
 

@@ -18,7 +18,6 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.evaluation import error_maps
 from autoencoder.latent_statistics import accumulate_moments
 from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
@@ -39,7 +38,7 @@ from ldgan.engine.checkpoint import Stateful
 from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import MISSING, option
 from ldgan.engine.ema import EMA
-from ldgan.engine.images import to_uint8
+from ldgan.engine.images import error_maps, to_uint8
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.seeding import generator

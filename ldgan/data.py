@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from autoencoder.latents import check_latents
+from autoencoder.latents import check_latents, draw
 from autoencoder.networks import AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset
 from data_prep.shards import ShardSet
@@ -60,11 +60,6 @@ class Pixels:
         return batch["image"].to(noise.device)
 
 
-def draw(mean: Tensor, std: Tensor, noise: torch.Generator) -> Tensor:
-    """A sample of N(mean, std^2), in their shape."""
-    return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
-
-
 DataSource: TypeAlias = StoredLatents | EncodedImages | Pixels
 """Has ``dataset``, the ``shape`` of x_0, a ``description``, and turns a batch of the dataset into x_0."""
 
@@ -84,9 +79,7 @@ def open_source(
             raise UserError(f"{folder}: holds latents; give --latent and autoencoder=RUN, or a folder of image shards")
         return Pixels(ImageDataset(shards), (3, details["resolution"], details["resolution"]))
     if shards.manifest.kind == "latents":
-        check_latents(shards, autoencoder)
-        if flips and not details["flips"]:
-            raise UserError(f"{folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
+        check_latents(shards, autoencoder, flips=flips)
         channels, side, _ = details["latent_shape"]
         return StoredLatents(LatentDataset(shards), (channels, side, side), sample_posterior)
     shape = autoencoder.latent_shape(details["resolution"])

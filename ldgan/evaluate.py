@@ -11,7 +11,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import json
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -24,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from autoencoder.light_decoder import add_decoder_flag
 from data_prep.sources import DIGIT_SOURCES, StackedMNIST, load_digits
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
-from ldgan.engine.run import resolve_checkpoint
-from ldgan.engine.session import describe_machine, make_accelerator
-from ldgan.engine.shares import share
+from ldgan.engine.run import append_evaluation, resolve_checkpoint
+from ldgan.engine.session import add_precision_flag, describe_machine, make_accelerator
+from ldgan.engine.shares import batches, share
 from ldgan.generation import generate
 from ldgan.loading import AUTOENCODER_FOLDER, TrainedModel, load_model
 from ldgan.metrics.digits import TrainedClassifier, load_or_train
@@ -37,7 +37,6 @@ from ldgan.metrics.modes import ModeCoverage, mode_coverage, stacked_digits_to_m
 
 NUM_MODES = 1000
 REAL_IMAGES_SEED = 1_000_003  # no training set is likely to be drawn with it
-HISTORY_FILE = "evaluations.jsonl"
 
 EXAMPLES = """
 examples:
@@ -69,10 +68,9 @@ def main() -> None:
     real = judge_images(accelerator, judge, real_images(accelerator, flags), flags.num_images)
     result = describe_result(accelerator, folder, judge, coverage, real, seconds, flags)
     if accelerator.is_main_process:
-        with (run / HISTORY_FILE).open("a", encoding="utf-8") as history:
-            history.write(json.dumps(result) + "\n")
+        history = append_evaluation(run, result)
         print_tables(result)
-        print(f"appended to {run / HISTORY_FILE}")
+        print(f"appended to {history}")
 
 
 def generated_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace) -> Iterator[Tensor]:
@@ -90,8 +88,8 @@ def real_images(accelerator: Accelerator, flags: argparse.Namespace) -> Iterator
     source = StackedMNIST(flags.num_images, REAL_IMAGES_SEED, flags.digits, flags.digits_root)
     mine = share(flags.num_images, accelerator.process_index, accelerator.num_processes)
     pixels = [np.asarray(sample.image) for number, sample in enumerate(source) if number in mine]
-    for first in range(0, len(pixels), flags.batch_size):
-        yield torch.from_numpy(np.stack(pixels[first : first + flags.batch_size])).permute(0, 3, 1, 2)
+    for numbers in batches(range(len(pixels)), flags.batch_size):
+        yield torch.from_numpy(np.stack([pixels[number] for number in numbers])).permute(0, 3, 1, 2)
 
 
 def judge_images(
@@ -198,15 +196,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=cli.positive, default=500, metavar="N", help="images per forward pass (default: 500)"
     )
-    parser.add_argument(
-        "--decoder",
-        choices=("full", "light"),
-        default="full",
-        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks (default: fp32)"
-    )
+    add_decoder_flag(parser)
+    add_precision_flag(parser)
     parser.add_argument(
         "--digits",
         choices=DIGIT_SOURCES,

@@ -19,11 +19,12 @@ import torch
 from accelerate import Accelerator
 
 from autoencoder.latents import describe_latents, pack_moments
+from autoencoder.light_decoder import add_decoder_flag
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.files import BackgroundWrites, new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
-from ldgan.engine.session import make_accelerator
+from ldgan.engine.session import add_precision_flag, make_accelerator
 from ldgan.generation import generate
 from ldgan.loading import TrainedModel, load_model
 
@@ -118,15 +119,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
     )
-    parser.add_argument(
-        "--decoder",
-        choices=("full", "light"),
-        default="full",
-        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the networks (default: fp32)"
-    )
+    add_decoder_flag(parser)
+    add_precision_flag(parser)
     return parser.parse_args()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import new_folder, write_through
+from ldgan.engine.weights import check_fit
 
 FORMAT = "ldgan-checkpoint/1"
 DESCRIPTION_FILE = "checkpoint.json"
@@ -87,7 +88,9 @@ def load_thing(folder: Path, name: str, thing: Stateful) -> None:
     path, tensors, rest = _read_thing(folder, name)
     try:
         if rest is None:
-            _check_fit(path, tensors, thing.state_dict())
+            check_fit(
+                path, tensors, thing.state_dict(), by="in the model", why="it was saved from another architecture"
+            )
         thing.load_state_dict(tensors if rest is None else _join(tensors, rest))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -135,19 +138,6 @@ def _read_thing(folder: Path, name: str) -> tuple[Path, dict[str, Tensor], Any]:
         return path, safetensors.torch.load(data), record["rest"]
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error})") from error
-
-
-def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(
-            f"{path}: {len(missing)} tensors missing (first: {missing[:1]}) and {len(unknown)} unknown"
-            f" (first: {unknown[:1]}); it was saved from another architecture"
-        )
-    for key, tensor in expected.items():
-        if tensor.shape != found[key].shape:
-            shapes = f"{list(found[key].shape)} in the file, {list(tensor.shape)} in the model"
-            raise UserError(f"{path}: {key}: shape {shapes}; it was saved from another architecture")
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:

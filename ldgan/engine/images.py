@@ -47,6 +47,15 @@ def enlarge(images: Tensor, factor: int) -> Tensor:
     return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
 
 
+def error_maps(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Absolute difference of uint8 images (B, C, H, W), mean over channels, as grey images of that shape.
+
+    Black is no difference; white is 64 of 255 grey levels or more.
+    """
+    difference = (reconstructions.float() - images.float()).abs().mean(dim=1, keepdim=True)
+    return (difference * (255 / 64)).round().clamp(max=255).to(torch.uint8).expand_as(images)
+
+
 def encode_lossless(image: Tensor, image_format: Literal["png", "webp"]) -> bytes:
     """Return a file's bytes for a uint8 image (C, H, W), C = 1 (grey) or 3 (RGB).
 

@@ -8,6 +8,7 @@
     tensorboard/                  event files
     metrics.jsonl                 the same scalars, one JSON object a line
     summary.json                  the results, written when the run ends
+    evaluations.jsonl             what the evaluate commands measured, one JSON object each
 """
 
 from __future__ import annotations
@@ -137,3 +138,16 @@ def resolve_checkpoint(path: Path) -> Path:
     else:
         found = "is neither a run nor a checkpoint"
     raise UserError(f"{path}: {found}; expected a run folder or one like RUN/checkpoints/step_000001000")
+
+
+def run_of(path: Path) -> Path:
+    """The run that ``path``, a run or one of its checkpoints, belongs to; otherwise ``path``."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def append_evaluation(run: Path, result: dict[str, Any]) -> Path:
+    """Append a result, as one line of JSON, to the history of a run's evaluations; the history's path."""
+    history = run / "evaluations.jsonl"
+    with history.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    return history

@@ -10,6 +10,7 @@ loop of a stage is
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -87,6 +88,13 @@ def make_accelerator(precision: Literal["fp32", "bf16"], num_threads: int = 0) -
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(num_threads or max(1, num_cores // accelerator.num_processes))
     return accelerator
+
+
+def add_precision_flag(parser: argparse.ArgumentParser) -> None:
+    """``--precision`` of commands that have no `RunConfig`."""
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="arithmetic of the networks (default: fp32)"
+    )
 
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:

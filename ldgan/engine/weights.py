@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor, nn
 from ldgan.engine.cli import UserError
 
 _PICKLED = (".pth", ".pt")
+
+# The files under which torchvision publishes the weights of its networks.
+TORCHVISION_FILES: Mapping[str, str] = {
+    "alexnet": "alexnet-owt-7be5be79.pth",
+    "squeezenet1_1": "squeezenet1_1-b8a52dc0.pth",
+    "vgg16": "vgg16-397923af.pth",
+}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -37,6 +45,23 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> object:
     # weights_only: a pickle may run any code while it is loaded, this one tensors and plain containers only.
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any], *, by: str, why: str) -> None:
+    """Raise a UserError about the file ``path`` unless names and shapes of its tensors are the expected ones.
+
+    ``by`` says who expects them ("in the model"), ``why`` what a difference means.
+    """
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise UserError(
+            f"{path}: {len(missing)} tensors missing (first: {missing[:1]}) and {len(unknown)} unknown"
+            f" (first: {unknown[:1]}); {why}"
+        )
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            shapes = f"{list(found[key].shape)} in the file, {list(tensor.shape)} {by}"
+            raise UserError(f"{path}: {key}: shape {shapes}; {why}")
 
 
 def fill(network: nn.Module, path: Path, name: str, name_in_file: Callable[[str], str] = lambda key: key) -> None:

@@ -6,29 +6,18 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldgan.engine.cli import UserError
-from ldgan.engine.weights import fill, load_weights
+from ldgan.engine.weights import TORCHVISION_FILES, fill, load_weights
 
 INCEPTION, TIMM_PREFIX = "inception", "timm:"
 
 
-class TorchvisionFeatures(NamedTuple):
-    """A convolutional network of torchvision and the file under which torchvision publishes its weights."""
-
-    model: str
-    file_name: str
-
-
-TORCHVISION_NETWORKS: Mapping[str, TorchvisionFeatures] = {
-    "alexnet": TorchvisionFeatures("alexnet", "alexnet-owt-7be5be79.pth"),
-    "squeezenet": TorchvisionFeatures("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth"),
-}
+TORCHVISION_NETWORKS: Mapping[str, str] = {"alexnet": "alexnet", "squeezenet": "squeezenet1_1"}  # torchvision's names
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -119,7 +108,7 @@ def feature_network(name: str, weights: Path | None, device: torch.device | str)
         path = _given(weights, name, f"torch-fidelity's {INCEPTION_FILE}")
         return FeatureNetwork(name, _inception(path), device)
     if name in TORCHVISION_NETWORKS:
-        path = _given(weights, name, f"torchvision's {TORCHVISION_NETWORKS[name].file_name}")
+        path = _given(weights, name, f"torchvision's {TORCHVISION_FILES[TORCHVISION_NETWORKS[name]]}")
         return FeatureNetwork(name, _torchvision(name, path), device)
     if name.startswith(TIMM_PREFIX):
         path = _given(weights, name, "timm's weights of this network, safetensors or .pth")
@@ -139,7 +128,7 @@ def _torchvision(name: str, path: Path) -> nn.Module:
     import torchvision
 
     with torch.device("meta"):  # the classifier, most of the weights, never takes any memory
-        network = torchvision.models.get_model(TORCHVISION_NETWORKS[name].model, weights=None)
+        network = torchvision.models.get_model(TORCHVISION_NETWORKS[name], weights=None)
     network.classifier = nn.Identity()
     fill(network, path, name)
     # ImageNet's mean and standard deviation, which torchvision's weights were trained with.

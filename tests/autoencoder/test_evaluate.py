@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from autoencoder import evaluate
-from autoencoder.evaluation import MAX_PSNR, Evaluation, ImageMetric, LatentActivity, MeanOverImages, error_maps
+from autoencoder.evaluation import MAX_PSNR, Evaluation, ImageMetric, LatentActivity, MeanOverImages
 from autoencoder.loading import KIND, WEIGHTS, fingerprint
 from autoencoder.networks import AutoencoderKL, Posterior
 from autoencoder.perceptual import perceptual_network
@@ -31,7 +31,7 @@ from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
-from ldgan.engine.images import from_uint8, load_png, to_uint8
+from ldgan.engine.images import error_maps, from_uint8, load_png, to_uint8
 from ldgan.metrics.features import feature_network
 from ldgan.metrics.frechet import feature_statistics, frechet_distance
 from ldgan.metrics.pixels import psnr, ssim

@@ -24,7 +24,6 @@ from torch.distributions import Normal, kl_divergence
 
 from autoencoder import train
 from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.evaluation import error_maps
 from autoencoder.networks import AutoencoderKL
 from autoencoder.perceptual import PERCEPTUAL_NETWORKS, PerceptualDistance
 from autoencoder.training import (
@@ -41,6 +40,7 @@ from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
+from ldgan.engine.images import error_maps
 from ldgan.engine.seeding import generator
 
 CPU = torch.device("cpu")
