@@ -43,7 +43,7 @@ from ldgan.engine.files import new_folder
 from ldgan.engine.images import enlarge, error_maps, image_grid, save_png, to_uint8
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.run import append_evaluation, resolve_checkpoint, run_of
-from ldgan.engine.seeding import randn_per_sample
+from ldgan.engine.seeding import noise_from_seeds
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches, share
 from ldgan.metrics.features import INCEPTION, TORCHVISION_NETWORKS, feature_network
@@ -144,7 +144,7 @@ def prior_noise(evaluation: Evaluation, numbers: range, batch_size: int) -> Iter
     """Yield batches of noise ~ N(0, I), (B, C, h, w); that of an image depends on its number alone."""
     shape = evaluation.activity.sums.shape[1:]
     for seeds in batches(numbers, batch_size):
-        yield randn_per_sample(shape, seeds, "prior sample", evaluation.autoencoder.latent_mean.device)
+        yield noise_from_seeds(seeds, "prior sample", evaluation.autoencoder.latent_mean.device)(shape)
 
 
 def summarise(evaluation: Evaluation, reference: dict[str, Any], num_images: int) -> dict[str, Any]:

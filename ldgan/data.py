@@ -1,28 +1,110 @@
-"""Where x_0 comes from: latent shards, image shards encoded on the fly, or pixels."""
+"""Where x_0 comes from: latent shards, image shards encoded on the fly, or pixels; and the labels with it."""
 
 from __future__ import annotations
 
+import argparse
+import shutil
 from dataclasses import dataclass
-from typing import TypeAlias
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.latents import check_latents, draw
+from autoencoder.light_decoder import light_decoder_folder
+from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
+from ldgan.engine.config import MISSING, option
+from ldgan.loading import AUTOENCODER_FOLDER
 
 
 @dataclass
-class StoredLatents:
+class DataConfig:
+    """What every training command of stage 2 reads."""
+
+    data: str = option(MISSING, "folder of latent shards, or of image shards (encoded on the fly with latent=true)")
+    latent: bool = option(False, "train on latents of `autoencoder`; the flag --latent sets it")
+    autoencoder: str | None = option(None, "finished run of autoencoder/train.py; needed with latent=true")
+    flips: bool = option(False, "mirror half of the images; latent shards must hold the mirror images")
+    sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
+
+    def validate(self) -> None:
+        """Raise a UserError for settings that contradict each other."""
+        if self.latent and self.autoencoder is None:
+            raise UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
+
+
+@dataclass
+class ConditionalDataConfig(DataConfig):
+    """The same for models that may learn p(x_0 | label)."""
+
+    class_conditional: bool = option(False, "learn each class's images, by the labels of the shards")
+    label_dropout: float = option(
+        0.0, "share of labels left out in training; above 0 allows classifier-free guidance (0.1 is usual)"
+    )
+
+    def validate(self) -> None:
+        """Raise a UserError for settings that contradict each other."""
+        super().validate()
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout is {self.label_dropout}; choose 0 or more and less than 1")
+        if self.label_dropout > 0 and not self.class_conditional:
+            raise UserError("label_dropout needs labels; set class_conditional=true")
+
+
+def add_latent_flag(parser: argparse.ArgumentParser) -> None:
+    """``--latent``, appended to the settings it stands for, so that --dry-run and the run's config see it too."""
+    parser.add_argument(
+        "--latent", dest="overrides", action="append_const", const="latent=true", help="train on latents: latent=true"
+    )
+
+
+@dataclass
+class DataSource:
+    """A shard set whose batches it turns into x_0 of one shape, and into labels."""
+
+    dataset: LatentDataset | ImageDataset
+    shape: tuple[int, int, int]
+    description: ClassVar[str]
+
+    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+        """x_0, (B, *shape), of a batch of the dataset, on the device of ``noise``."""
+        raise NotImplementedError
+
+    def labels(self, batch: dict[str, Tensor], device: torch.device | str) -> Tensor:
+        """The labels, int64 (B,), of a batch of the dataset.
+
+        Raises:
+            UserError: a sample has no label.
+        """
+        if bool((batch["label"] < 0).any()):
+            raise UserError(f"{self.dataset.shards.folder}: holds samples without a label; set class_conditional=false")
+        return batch["label"].to(device)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that labels 0, 1, ... stand for.
+
+        Raises:
+            UserError: the shards have no classes.
+        """
+        names = self.dataset.shards.manifest.class_names
+        if names is None:
+            raise UserError(f"{self.dataset.shards.folder}: has no classes; make shards of one folder for each class")
+        return names
+
+
+@dataclass
+class StoredLatents(DataSource):
     """Standardised posteriors from latent shards; each read draws a new sample, or takes the mean."""
 
-    dataset: LatentDataset
-    shape: tuple[int, int, int]
     sample_posterior: bool
-    description: str = "latents read from latent shards"
+    description: ClassVar[str] = "latents read from latent shards"
 
     def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
         """Sample the posteriors of the batch, or take their means."""
@@ -31,14 +113,12 @@ class StoredLatents:
 
 
 @dataclass
-class EncodedImages:
+class EncodedImages(DataSource):
     """Latents of image shards, encoded as they are read; slower than `StoredLatents` in every epoch."""
 
-    dataset: ImageDataset
-    shape: tuple[int, int, int]
     sample_posterior: bool
     autoencoder: AutoencoderKL
-    description: str = "image shards, encoded on the fly (autoencoder/encode.py would do it once)"
+    description: ClassVar[str] = "image shards, encoded on the fly (autoencoder/encode.py would do it once)"
 
     @torch.no_grad()
     def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
@@ -48,20 +128,24 @@ class EncodedImages:
 
 
 @dataclass
-class Pixels:
+class Pixels(DataSource):
     """Images themselves, in [-1, 1], as in the paper."""
 
-    dataset: ImageDataset
-    shape: tuple[int, int, int]
-    description: str = "pixels of image shards"
+    description: ClassVar[str] = "pixels of image shards"
 
     def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
         """The images of the batch."""
         return batch["image"].to(noise.device)
 
 
-DataSource: TypeAlias = StoredLatents | EncodedImages | Pixels
-"""Has ``dataset``, the ``shape`` of x_0, a ``description``, and turns a batch of the dataset into x_0."""
+def open_data(config: DataConfig, accelerator: Accelerator) -> tuple[DataSource, AutoencoderKL | None]:
+    """Open what a run trains on and, for latents, their autoencoder; say on the main process what it is."""
+    autoencoder = None
+    if config.latent and config.autoencoder is not None:
+        autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
+    source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
+    accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
+    return source, autoencoder
 
 
 def open_source(
@@ -84,3 +168,44 @@ def open_source(
         return StoredLatents(LatentDataset(shards), (channels, side, side), sample_posterior)
     shape = autoencoder.latent_shape(details["resolution"])
     return EncodedImages(ImageDataset(shards), shape, sample_posterior, autoencoder)
+
+
+def describe_run(
+    kind: str, source: DataSource, autoencoder: AutoencoderKL | None, *, class_conditional: bool
+) -> dict[str, Any]:
+    """What a checkpoint tells about itself besides config and progress."""
+    manifest = source.dataset.shards.manifest
+    data = {
+        "folder": str(source.dataset.shards.folder),
+        "kind": manifest.kind,
+        "fingerprint": manifest.fingerprint,
+        "num_samples": manifest.num_samples,
+        "seconds": manifest.seconds,
+    }
+    return {
+        "kind": kind,
+        "data_shape": list(source.shape),
+        "resolution": manifest.details["resolution"],
+        "class_names": source.class_names if class_conditional else None,
+        "data": data,
+        "autoencoder": fingerprint(autoencoder) if autoencoder is not None else None,
+    }
+
+
+def keep_autoencoder(config: DataConfig, run: Path, accelerator: Accelerator) -> None:
+    """Copy a run's autoencoder, with its light decoder if it has one, into the run: it can then make images alone."""
+    folder = run / AUTOENCODER_FOLDER
+    if config.latent and config.autoencoder is not None and accelerator.is_main_process and not folder.exists():
+        copy_autoencoder(Path(config.autoencoder), folder)
+        if (light_decoder := light_decoder_folder(Path(config.autoencoder))).exists():
+            shutil.copytree(light_decoder, light_decoder_folder(folder))
+    accelerator.wait_for_everyone()
+
+
+def drop_labels(labels: Tensor, probability: float, num_classes: int, random: torch.Generator) -> Tensor:
+    """Replace a share of the labels, int64 (B,), by ``num_classes``, which says "no label".
+
+    So one network learns p(x_0 | label) and p(x_0) (Ho and Salimans, arXiv 2207.12598, Algorithm 1).
+    """
+    dropped = torch.rand(len(labels), generator=random, device=labels.device) < probability
+    return labels.masked_fill(dropped, num_classes)

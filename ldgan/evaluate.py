@@ -1,4 +1,4 @@
-"""Measure a trained diffusion GAN: so far by its mode coverage on StackedMNIST."""
+"""Measure a trained diffusion GAN or DDPM on StackedMNIST: mode coverage, and whether images are of their class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,123 +24,151 @@ from rich.table import Table
 from torch import Tensor
 
 from autoencoder.light_decoder import add_decoder_flag
-from data_prep.sources import DIGIT_SOURCES, StackedMNIST, load_digits
+from data_prep.sources import DIGIT_SOURCES, NUM_STACKED_MNIST_CLASSES
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
-from ldgan.engine.run import append_evaluation, resolve_checkpoint
+from ldgan.engine.run import append_evaluation, resolve_checkpoint, run_of
 from ldgan.engine.session import add_precision_flag, describe_machine, make_accelerator
-from ldgan.engine.shares import batches, share
-from ldgan.generation import generate
-from ldgan.loading import AUTOENCODER_FOLDER, TrainedModel, load_model
-from ldgan.metrics.digits import TrainedClassifier, load_or_train
-from ldgan.metrics.modes import ModeCoverage, mode_coverage, stacked_digits_to_modes
+from ldgan.engine.shares import share
+from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, job_of
+from ldgan.judging import PLACES, count_modes, judge_images, load_judge, real_images
+from ldgan.loading import AUTOENCODER_FOLDER
+from ldgan.metrics.digits import TrainedClassifier
+from ldgan.metrics.modes import mode_coverage
 
-NUM_MODES = 1000
-REAL_IMAGES_SEED = 1_000_003  # no training set is likely to be drawn with it
+METRICS = ("modes", "labels")
 
 EXAMPLES = """
 examples:
   python ldgan/evaluate.py --checkpoint runs/gan --metrics modes
   accelerate launch ldgan/evaluate.py --checkpoint runs/gan --metrics modes --num-images 10000 --seed 26000
+  python ldgan/evaluate.py --checkpoint runs/ddpm --sampler ddim --steps 50 --metrics modes
+  python ldgan/evaluate.py --checkpoint runs/classes --metrics labels --guidance 2 --num-images 5000
+  python ldgan/evaluate.py --checkpoint runs/gan --metrics labels --classifier runs/classifier --classifier-scale 4
 """
 
 
 def main() -> None:
-    """Sample, judge, print a table, append the result to the run's history."""
+    """Sample, judge, print tables, append the result to the run's history."""
     flags = parse_flags()
     accelerator = make_accelerator(flags.precision)
+    job = job_to_judge(flags, accelerator.device)
     folder = resolve_checkpoint(flags.checkpoint)
-    model = load_model(folder, accelerator.device, flags.decoder)
-    if model.resolution != 32:
-        raise cli.UserError(f"{flags.checkpoint}: makes {model.resolution} px images, but --metrics modes judges 32 px")
-    run = folder.parent.parent
+    run = run_of(folder)
     with accelerator.main_process_first():
-        judge = load_or_train(
-            flags.classifier or run / f"digit_classifier_{flags.digits}.safetensors",
-            *map(torch.from_numpy, load_digits(flags.digits, flags.digits_root)),
+        judge = load_judge(
+            flags.digit_classifier or run / f"digit_classifier_{flags.digits}.safetensors",
+            flags.digits,
+            flags.digits_root,
             show_progress=accelerator.is_main_process,
         )
     accelerator.print(f"digit classifier: {judge.heldout_accuracy:.1%} of {judge.num_heldout:,} held-out digits right")
+    judge.model.to(accelerator.device)
 
     started = time.monotonic()
-    coverage = judge_images(accelerator, judge, generated_images(accelerator, model, flags), flags.num_images)
+    results = judge_samples(accelerator, judge, job, flags.metrics)
     seconds = time.monotonic() - started
-    real = judge_images(accelerator, judge, real_images(accelerator, flags), flags.num_images)
-    result = describe_result(accelerator, folder, judge, coverage, real, seconds, flags)
+    if "modes" in flags.metrics:
+        numbers = share(flags.num_images, accelerator.process_index, accelerator.num_processes)
+        real = real_images(numbers, flags.batch_size, digits=flags.digits, digits_root=flags.digits_root)
+        results["real_images"] = asdict(count_modes(accelerator, judge, real, flags.num_images))
+    result = describe_result(accelerator, folder, judge, job, results, seconds, flags)
     if accelerator.is_main_process:
         history = append_evaluation(run, result)
         print_tables(result)
         print(f"appended to {history}")
 
 
-def generated_images(accelerator: Accelerator, model: TrainedModel, flags: argparse.Namespace) -> Iterator[Tensor]:
-    """Yield this process's samples in batches, uint8 (B, 3, 32, 32)."""
-    for _, x_0 in generate(
-        accelerator, model, num_images=flags.num_images, first_seed=flags.seed, batch_size=flags.batch_size
-    ):
+def job_to_judge(flags: argparse.Namespace, device: torch.device) -> Job:
+    """The samples that are judged."""
+    job = job_of(flags, device)
+    if job.model.resolution != 32:
+        raise cli.UserError(f"{flags.checkpoint}: makes {job.model.resolution} px images, but 32 px are judged")
+    num_classes = len(class_names_of(job.model))
+    if "labels" in flags.metrics and num_classes != NUM_STACKED_MNIST_CLASSES:
+        raise cli.UserError(
+            f"{flags.checkpoint}: --metrics labels is for StackedMNIST's {NUM_STACKED_MNIST_CLASSES:,} classes, and the"
+            f" model has {num_classes}; leave it out"
+        )
+    return job
+
+
+def judge_samples(
+    accelerator: Accelerator, judge: TrainedClassifier, job: Job, metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Results of the metrics, over all processes."""
+    modes = torch.zeros(NUM_STACKED_MNIST_CLASSES, dtype=torch.int64)
+    right = torch.zeros(4, dtype=torch.int64)  # images whose red, green, blue digit, and all three are as wanted
+    for numbers, images in generated_images(accelerator, job):
+        judgement = judge_images(judge.model, images)
+        modes += torch.bincount(judgement.modes, minlength=len(modes))
+        if "labels" in metrics:
+            right += count_right(judgement.digits, torch.tensor(job.labels_of(numbers)))
+    modes, right = (accelerator.reduce(counts.to(accelerator.device), "sum").cpu() for counts in (modes, right))
+    results: dict[str, Any] = {}
+    if "modes" in metrics:
+        coverage = mode_coverage(np.repeat(np.arange(len(modes)), modes.numpy()), len(modes))
+        results |= {"samples": asdict(coverage), "sampling_floor_kl": coverage.sampling_floor}
+    if "labels" in metrics:
+        shares = (right.double() / job.num_images).tolist()
+        results["label_accuracy"] = dict(zip(("red", "green", "blue", "all_three"), shares))
+    return results
+
+
+def count_right(digits: Tensor, labels: Tensor) -> Tensor:
+    """How many images have the red, green, blue digit of their label, and all three: int64 (4,).
+
+    ``digits``, int64 (B, 3), are what was read; ``labels``, int64 (B,), are 100 r + 10 g + b.
+    """
+    right = digits == labels[:, None] // PLACES % 10
+    return torch.cat([right, right.all(dim=1, keepdim=True)], dim=1).sum(dim=0)
+
+
+def generated_images(accelerator: Accelerator, job: Job) -> Iterator[tuple[range, Tensor]]:
+    """Yield this process's samples in batches: their numbers, and images, uint8 (B, 3, 32, 32)."""
+    for numbers, x_0 in generate(accelerator, job):
         with accelerator.autocast():
-            images = model.decode(x_0)
-        yield images
-
-
-def real_images(accelerator: Accelerator, flags: argparse.Namespace) -> Iterator[Tensor]:
-    """Yield this process's share of real StackedMNIST images in batches, uint8 (B, 3, 32, 32)."""
-    source = StackedMNIST(flags.num_images, REAL_IMAGES_SEED, flags.digits, flags.digits_root)
-    mine = share(flags.num_images, accelerator.process_index, accelerator.num_processes)
-    pixels = [np.asarray(sample.image) for number, sample in enumerate(source) if number in mine]
-    for numbers in batches(range(len(pixels)), flags.batch_size):
-        yield torch.from_numpy(np.stack([pixels[number] for number in numbers])).permute(0, 3, 1, 2)
-
-
-def judge_images(
-    accelerator: Accelerator, judge: TrainedClassifier, images: Iterable[Tensor], num_images: int
-) -> ModeCoverage:
-    """Mode coverage of all processes' images together."""
-    counts = torch.zeros(NUM_MODES, dtype=torch.int64)
-    for batch in images:
-        modes = stacked_digits_to_modes(batch, judge.model, device=accelerator.device)
-        counts += torch.bincount(torch.from_numpy(modes), minlength=NUM_MODES)
-    counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
-    assert int(counts.sum()) == num_images
-    return mode_coverage(np.repeat(np.arange(NUM_MODES), counts.numpy()), NUM_MODES)
+            images = job.model.decode(x_0)
+        yield numbers, images
 
 
 def describe_result(
     accelerator: Accelerator,
     checkpoint: Path,
     judge: TrainedClassifier,
-    coverage: ModeCoverage,
-    real: ModeCoverage,
+    job: Job,
+    results: dict[str, Any],
     seconds: float,
     flags: argparse.Namespace,
 ) -> dict[str, Any]:
     """What was measured, of what and under which conditions, as it goes into the run's history."""
     return {
-        "metric": "modes",
+        "metric": ",".join(flags.metrics),
         "checkpoint": str(checkpoint),
-        "samples": asdict(coverage),
-        "real_images": asdict(real),
-        "sampling_floor_kl": coverage.sampling_floor,
+        "num_images": job.num_images,
+        **results,
         "classifier": {
             "digits": flags.digits,
             "heldout_accuracy": judge.heldout_accuracy,
             "num_heldout": judge.num_heldout,
         },
-        "evaluations_per_image": read_description(checkpoint)["config"]["num_timesteps"],
-        "images_per_second": flags.num_images / seconds,
-        "conditions": conditions(accelerator, flags),
+        "evaluations_per_image": job.evaluations_per_image,
+        "images_per_second": job.num_images / seconds,
+        "conditions": conditions(accelerator, job, flags),
         "stage_seconds": stage_seconds(checkpoint)
         | {"digit classifier": judge.seconds, "sampling and judging": seconds},
     }
 
 
-def conditions(accelerator: Accelerator, flags: argparse.Namespace) -> dict[str, Any]:
+def conditions(accelerator: Accelerator, job: Job, flags: argparse.Namespace) -> dict[str, Any]:
     """What the numbers depend on besides the checkpoint."""
     return {
         "seed": flags.seed,
         "batch_size": flags.batch_size,
         "precision": flags.precision,
         "decoder": flags.decoder,
+        "sampler": asdict(job.sampler),
+        "labels": flags.labels or ("drawn from the seeds" if job.model.class_names else None),
         **describe_machine(accelerator),
     }
 
@@ -150,27 +178,23 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     description = read_description(folder)
     stages: dict[str, float] = {}
     if description["config"]["latent"]:
-        autoencoder = read_description(folder.parent.parent / AUTOENCODER_FOLDER)
+        autoencoder = read_description(run_of(folder) / AUTOENCODER_FOLDER)
         stages |= {"images to shards": autoencoder["data"]["seconds"], "autoencoder training": autoencoder["seconds"]}
     stages["encoding" if description["data"]["kind"] == "latents" else "images to shards"] = description["data"][
         "seconds"
     ]
-    return stages | {"diffusion GAN training": description["seconds"]}
+    return stages | {f"{description['kind']} training": description["seconds"]}
 
 
 def print_tables(result: dict[str, Any]) -> None:
     """Print what was measured, and how long each stage took."""
     console = Console(width=100)
-    samples, real = result["samples"], result["real_images"]
-    table = Table(title=f"StackedMNIST at N = {samples['num_images']:,}", title_justify="left")
-    for column in ("", "modes of 1,000", "KL to uniform (nats)"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("samples", f"{samples['num_covered']:,}", f"{samples['kl']:.4f}")
-    table.add_row("real images", f"{real['num_covered']:,}", f"{real['kl']:.4f}")
-    table.add_row("sampling floor (K - 1) / 2N", "", f"{result['sampling_floor_kl']:.4f}")
-    console.print(table)
+    if "samples" in result:
+        console.print(modes_table(result))
+    if "label_accuracy" in result:
+        console.print(labels_table(result))
     speed = f"{result['images_per_second']:,.0f} images/s, sampled and judged"
-    console.print(f"{speed}, {result['evaluations_per_image']} evaluations of the generator an image")
+    console.print(f"{speed}, {result['evaluations_per_image']} evaluations of the network an image")
     times = Table(title="Seconds for each stage", title_justify="left")
     times.add_column("stage")
     times.add_column("s", justify="right")
@@ -180,15 +204,55 @@ def print_tables(result: dict[str, Any]) -> None:
     console.print(times)
 
 
+def modes_table(result: dict[str, Any]) -> Table:
+    """Mode coverage beside that of real images and the floor."""
+    samples, real = result["samples"], result["real_images"]
+    table = Table(title=f"StackedMNIST at N = {samples['num_images']:,}", title_justify="left")
+    for column in ("", "modes of 1,000", "KL to uniform (nats)"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("samples", f"{samples['num_covered']:,}", f"{samples['kl']:.4f}")
+    table.add_row("real images, judged alike", f"{real['num_covered']:,}", f"{real['kl']:.4f}")
+    table.add_row("sampling floor (K - 1) / 2N", "", f"{result['sampling_floor_kl']:.4f}")
+    return table
+
+
+def labels_table(result: dict[str, Any]) -> Table:
+    """The share of images that show the digits they were asked to."""
+    table = Table(title=f"Labels at N = {result['num_images']:,}", title_justify="left")
+    table.add_column("digit")
+    table.add_column("share of images that show it as wanted", justify="right")
+    for digit, accuracy in result["label_accuracy"].items():
+        table.add_row(digit.replace("_", " "), f"{accuracy:.1%}")
+    return table
+
+
+def metric_names(text: str) -> list[str]:
+    """Parse a list such as ``modes,labels``, for argparse."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"there is no metric {unknown[0]!r}, only {' and '.join(METRICS)}")
+    return names
+
+
 def parse_flags() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help="a run of ldgan/train.py, or a checkpoint in it"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="RUN",
+        help="a run of ldgan/train.py or ldgan/train_ddpm.py, or a checkpoint in it",
     )
-    parser.add_argument("--metrics", choices=("modes",), default="modes", help="modes: modes of 1,000 and KL (default)")
+    parser.add_argument(
+        "--metrics",
+        type=metric_names,
+        default=["modes"],
+        metavar="LIST",
+        help="modes: modes of 1,000 and KL (default); labels: share of images of the wanted class; or modes,labels",
+    )
     parser.add_argument(
         "--num-images", type=cli.positive, default=26_000, metavar="N", help="images judged (default: 26000)"
     )
@@ -208,9 +272,13 @@ def parse_flags() -> argparse.Namespace:
         "--digits-root", type=Path, metavar="DIR", help="where torchvision's MNIST lies, for --digits torchvision"
     )
     parser.add_argument(
-        "--classifier", type=Path, metavar="FILE", help="where the digit classifier is kept (default: in the run)"
+        "--digit-classifier", type=Path, metavar="FILE", help="where the digit classifier is kept (default: in the run)"
     )
-    return parser.parse_args()
+    add_sampler_flags(parser)
+    flags = parser.parse_args()
+    if "labels" in flags.metrics and flags.labels is None:
+        flags.labels = f"0-{NUM_STACKED_MNIST_CLASSES - 1}"  # all in turn
+    return flags
 
 
 if __name__ == "__main__":

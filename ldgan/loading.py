@@ -1,61 +1,117 @@
-"""Trained generators on disk, and the folder that makes them whole: averaged weights, process, autoencoder."""
+"""Trained models on disk, and the folder that makes them whole: averaged weights, process, autoencoder."""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from autoencoder.light_decoder import LightDecoder, light_decoder_folder, load_light_decoder
-from autoencoder.loading import copy_autoencoder, load_autoencoder
+from autoencoder.light_decoder import LightDecoder, load_light_decoder
+from autoencoder.loading import load_autoencoder
 from autoencoder.networks import AutoencoderKL
-from ldgan.diffusion import BETA_MAX, Diffusion, vp_betas
+from ldgan.classifier import Classifier, load_classifier
+from ldgan.diffusion import BETA_MAX, Denoised, Diffusion, Predicts, Variance, build_diffusion
 from ldgan.engine.checkpoint import load_thing, read_description
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict
 from ldgan.engine.images import to_uint8
-from ldgan.engine.run import resolve_checkpoint
-from ldgan.networks import Discriminator, DiscriminatorConfig, Generator, GeneratorConfig
-from ldgan.sampling import noise_from_seeds, sample
+from ldgan.engine.run import resolve_checkpoint, run_of
+from ldgan.engine.seeding import generator, noise_from_seeds
+from ldgan.guidance import classifier_free, classifier_gradient
+from ldgan.networks import UNet, UNetConfig
+from ldgan.sampling import Callback, Denoiser, Noise, SamplerConfig, ancestral, ddim
 
-KIND = "diffusion GAN"
-WEIGHTS = "generator_ema"  # the averaged weights are the ones that are sampled from
+GAN, DDPM = "diffusion GAN", "DDPM"  # kinds of runs
+# The averaged weights are the ones that are sampled from: their file, and the config section of their network.
+WEIGHTS = {GAN: "generator_ema", DDPM: "network_ema"}
+NETWORK = {GAN: "generator", DDPM: "network"}
 AUTOENCODER_FOLDER = "autoencoder"  # a run on latents holds a copy of the autoencoder they belong to
 
 
-def build_generator(config: GeneratorConfig, data_shape: tuple[int, int, int]) -> Generator:
-    """A fresh generator for square data of shape (C, s, s)."""
-    return Generator(channels=data_shape[0], resolution=data_shape[1], **vars(config))
-
-
-def build_discriminator(config: DiscriminatorConfig, data_shape: tuple[int, int, int]) -> Discriminator:
-    """A fresh discriminator for pairs of shape (C, s, s)."""
-    return Discriminator(channels=data_shape[0], **vars(config))
+def build_unet(
+    config: UNetConfig, data_shape: tuple[int, int, int], num_classes: int = 0, *, learned_variance: bool = False
+) -> UNet:
+    """A fresh network for square data of shape (C, s, s); a learned variance doubles its output channels."""
+    channels, side, _ = data_shape
+    out_channels = 2 * channels if learned_variance else channels
+    return UNet(channels=channels, resolution=side, out_channels=out_channels, num_classes=num_classes, **vars(config))
 
 
 @dataclass
 class TrainedModel:
-    """A generator in eval mode with all it needs to make images; ``autoencoder`` is None for pixels.
+    """A network in eval mode with all it needs to make images.
 
-    ``light_decoder``, where given, decodes instead of the autoencoder.
+    ``autoencoder`` is None for pixels, ``class_names`` are None for a model without classes. ``light_decoder``,
+    where given, decodes instead of the autoencoder.
     """
 
-    generator: Generator
+    network: UNet
     diffusion: Diffusion
     autoencoder: AutoencoderKL | None
     data_shape: tuple[int, int, int]
     resolution: int  # of the images, in pixels
+    predicts: Predicts = "x_0"
+    variance: Variance = "posterior"
+    class_names: list[str] | None = None
     light_decoder: LightDecoder | None = None
+    classifier: Classifier | None = None  # guides every sample that has a label
 
-    def sample(self, seeds: list[int]) -> Tensor:
-        """Samples of x_0, (B, C, s, s): one for each seed, the same whatever the batch."""
-        device = next(self.generator.parameters()).device
-        noise = noise_from_seeds(seeds, self.data_shape, self.generator.z_dim, self.diffusion.num_steps, device)
-        return sample(self.generator, self.diffusion, noise)
+    def sample(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        sampler: SamplerConfig | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Samples of x_0, (B, C, s, s): one for each seed, the same whatever the batch.
+
+        A class-conditional model without ``labels`` draws them, uniformly, from the seeds.
+        """
+        sampler = sampler or SamplerConfig()
+        device = next(self.network.parameters()).device
+        noise = noise_from_seeds(seeds, "sample", device)
+        diffusion = self.diffusion.respaced(sampler.num_steps) if sampler.num_steps else self.diffusion
+        wanted = self.labels(seeds, labels, device)
+        denoiser = self.denoiser(diffusion, noise, wanted if self.network.num_classes else None, sampler.guidance_scale)
+        guidance = None
+        if self.classifier is not None and wanted is not None:
+            guidance = classifier_gradient(self.classifier, diffusion, wanted, sampler.classifier_scale)
+        if sampler.method == "ddim":
+            eta = sampler.eta
+            return ddim(denoiser, diffusion, noise, self.data_shape, eta=eta, guidance=guidance, callback=callback)
+        return ancestral(denoiser, diffusion, noise, self.data_shape, guidance=guidance, callback=callback)
+
+    def denoiser(
+        self, diffusion: Diffusion, noise: Noise, labels: Tensor | None = None, guidance_scale: float = 1.0
+    ) -> Denoiser:
+        """The network as samplers of ``diffusion`` see it; a generator's z come from ``noise``."""
+
+        def denoise(x_t: Tensor, t: Tensor) -> Denoised:
+            z = noise((self.network.z_dim,)) if self.network.z_dim else None
+            timesteps = diffusion.timesteps.to(t.device)[t]
+            if labels is None:
+                output = self.network(x_t, z, timesteps)
+            else:
+                null_label = self.network.num_classes
+                output = classifier_free(
+                    self.network, x_t, z, timesteps, labels, null_label=null_label, scale=guidance_scale
+                )
+            return diffusion.denoised(output, x_t, t, self.predicts, self.variance)
+
+        return denoise
+
+    def labels(self, seeds: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
+        """Labels as a tensor, int64 (B,); a model with classes draws them from the seeds if none are given."""
+        if labels is None:
+            if self.network.num_classes == 0:
+                return None
+            random = [generator("cpu", "label", seed) for seed in seeds]
+            labels = [int(torch.randint(self.network.num_classes, (), generator=each)) for each in random]
+        return torch.tensor(labels, device=device)
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
@@ -65,46 +121,63 @@ class TrainedModel:
 
 
 def load_model(
-    path: Path, device: torch.device | str = "cpu", decoder: Literal["full", "light"] = "full"
+    path: Path,
+    device: torch.device | str = "cpu",
+    decoder: Literal["full", "light"] = "full",
+    classifier: Path | None = None,
 ) -> TrainedModel:
-    """Load a run of ldgan/train.py, at its latest checkpoint, or one of its checkpoints.
+    """Load a run of ldgan/train.py or ldgan/train_ddpm.py, at its latest checkpoint, or one of its checkpoints.
 
-    The ``decoder`` is the autoencoder's own, or the light one that lies in the run's copy of the autoencoder.
+    The ``decoder`` is the autoencoder's own, or the light one that lies in the run's copy of the autoencoder. A
+    ``classifier``, a run of ldgan/train_classifier.py or a checkpoint in it, will guide samples that have a label.
 
     Raises:
         UserError: ``path`` is neither, or is damaged, or the run's copy of the autoencoder is missing, or it has
-            no light decoder.
+            no light decoder, or the classifier does not belong to this model.
     """
     folder = resolve_checkpoint(path)
     description = read_description(folder)
-    if description.get("kind") != KIND:
-        raise UserError(f"{path}: holds an {description.get('kind')}, not a {KIND}; give a run of ldgan/train.py")
-    config = description["config"]
+    kind = description.get("kind")
+    if kind not in WEIGHTS:
+        raise UserError(
+            f"{path}: holds an {kind}, not a {GAN} or {DDPM}; give a run of ldgan/train.py or ldgan/train_ddpm.py"
+        )
+    config, class_names = description["config"], description.get("class_names")
     channels, side, _ = description["data_shape"]
-    generator = build_generator(from_dict(GeneratorConfig, config["generator"], str(folder)), (channels, side, side))
-    load_thing(folder, WEIGHTS, generator)
+    variance = config.get("variance", "posterior")
+    network = build_unet(
+        from_dict(UNetConfig, config[NETWORK[kind]], str(folder)),
+        (channels, side, side),
+        len(class_names or []),
+        learned_variance=variance == "learned",
+    )
+    load_thing(folder, WEIGHTS[kind], network)
     autoencoder = light_decoder = None
-    if config["latent"]:  # RUN/checkpoints/step_... lies two levels below RUN
-        autoencoder_folder = folder.parent.parent / AUTOENCODER_FOLDER
+    if config["latent"]:
+        autoencoder_folder = run_of(folder) / AUTOENCODER_FOLDER
         autoencoder = load_autoencoder(autoencoder_folder, device)
         light_decoder = load_light_decoder(autoencoder_folder, device) if decoder == "light" else None
     elif decoder == "light":
         raise UserError(f"{path}: works on pixels and has no decoder; leave out --decoder light")
+    diffusion = process_of(config)
+    guide = load_classifier(classifier, device, diffusion, description) if classifier is not None else None
     return TrainedModel(
-        generator.to(device).eval().requires_grad_(False),
-        Diffusion(vp_betas(config["num_timesteps"], beta_max=config.get("beta_max", BETA_MAX))),
+        network.to(device).eval().requires_grad_(False),
+        diffusion,
         autoencoder,
         (channels, side, side),
         description["resolution"],
-        light_decoder,
+        predicts=config.get("predicts", "x_0"),
+        variance=variance,
+        class_names=class_names,
+        light_decoder=light_decoder,
+        classifier=guide,
     )
 
 
-def keep_autoencoder(autoencoder: Path, run: Path) -> None:
-    """Copy an autoencoder, with its light decoder if it has one, into a run that then can make images alone."""
-    folder = run / AUTOENCODER_FOLDER
-    if folder.exists():
-        return
-    copy_autoencoder(autoencoder, folder)
-    if (light_decoder := light_decoder_folder(autoencoder)).exists():
-        shutil.copytree(light_decoder, light_decoder_folder(folder))
+def process_of(config: dict[str, Any]) -> Diffusion:
+    """The process that a run with this config is sampled by; keys younger than the run have their default."""
+    beta_max = config.get("beta_max", BETA_MAX)
+    diffusion = build_diffusion(config.get("schedule", "vp"), config["num_timesteps"], beta_max)
+    # A one-shot generator answers at t = T alone; the process only served its discriminator.
+    return diffusion.respaced(1) if config.get("objective") == "one_shot" else diffusion

@@ -20,6 +20,15 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits).mean()
 
 
+def relativistic_loss(logits: Tensor, opponent_logits: Tensor) -> Tensor:
+    """Logistic loss of samples that should look more real than their opponents, pair by pair; both (B,).
+
+    The discriminator's takes real logits and fake opponents, the generator's the reverse (Jolicoeur-Martineau,
+    arXiv 1807.00734; Huang et al., R3GAN, arXiv 2501.05441, section 2). Only differences of logits count.
+    """
+    return F.softplus(opponent_logits - logits).mean()
+
+
 def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     """E ||grad_inputs D||^2: R1 on real inputs (Mescheder et al., arXiv 1801.04406), R2 on fake ones.
 
@@ -28,6 +37,16 @@ def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     """
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
     return gradient.float().square().sum(dim=tuple(range(1, inputs.ndim))).mean()
+
+
+def finite_difference_penalty(logits: Tensor, shifted_logits: Tensor, epsilon: float) -> Tensor:
+    """E (D(x + epsilon v) - D(x))^2 / epsilon^2, an estimate of `gradient_penalty` without second derivatives.
+
+    ``shifted_logits`` are those of x + epsilon v with v ~ N(0, I), drawn anew in each step: E (v . grad D)^2 is
+    ||grad D||^2. Where D bends, with Hessian H, epsilon^2 / 4 (tr(H)^2 + 2 ||H||_F^2) comes on top. The
+    "approximated R1" of Lin et al. (arXiv 2501.08316) is this without the division by epsilon^2.
+    """
+    return ((shifted_logits - logits) / epsilon).square().mean()
 
 
 def reconstruction_loss(x_0_estimate: Tensor, x_0: Tensor) -> Tensor:
@@ -64,3 +83,23 @@ def distance(x: Tensor, y: Tensor, windows: Sequence[int] = ()) -> Tensor:
 def sigmoid_decay(progress: float, *, midpoint: float = 0.5, sharpness: float = 10.0) -> float:
     """Weight that falls from 1 to 0 along a sigmoid while ``progress`` runs from 0 to 1."""
     return 1.0 / (1.0 + math.exp(sharpness * (progress - midpoint)))
+
+
+def simple_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """L_simple (Ho et al., arXiv 2006.11239, eq. 14): mean squared error of the noise estimate, or of that of x_0."""
+    return F.mse_loss(estimate, target)
+
+
+def variational_bound(posterior_mean: Tensor, posterior_std: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean over a batch of the terms L_{t-1} of the variational bound (Ho et al., eq. 5), in bits per dimension.
+
+    Posterior: q(x_{t-1} | x_t, x_0), whose std is zero at t = 1. The other two, (B, ...): p(x_{t-1} | x_t) of the
+    network. A term is KL(q || p) for t > 1 and -log p(x_0 | x_1) for t = 1. Latents are continuous, so that is a
+    density, and the bound may be negative; the discretised likelihood of the papers is for pixels of 8 bits.
+    """
+    # KL(q || p) is cross entropy less entropy. At t = 1 the posterior is x_0 for sure: the cross entropy is
+    # -log p(x_0 | x_1) already, and there is no entropy to take from it.
+    squares = (mean - posterior_mean).square() + posterior_std.square()
+    cross_entropy = 0.5 * math.log(2 * math.pi) + std.log() + 0.5 * squares / std.square()
+    entropy = torch.where(posterior_std > 0, posterior_std.log() + 0.5 * math.log(2 * math.pi * math.e), 0.0)
+    return (cross_entropy - entropy).mean() / math.log(2)

@@ -1,58 +1,110 @@
-"""The few-step sampler: a plain function of generator, process and noise."""
+"""Samplers: plain functions of a denoiser, a process and noise.
+
+A diffusion GAN and a DDPM are sampled by the same function, `ancestral`: they differ in what stands for x_0 at
+each step, one of many plausible x_0 that z chooses, or their mean.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldgan.diffusion import Diffusion
-from ldgan.engine.seeding import randn_per_sample
+from ldgan.diffusion import Denoised, Diffusion, at
+from ldgan.engine.cli import UserError
+from ldgan.engine.config import option
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t, z, t) -> estimate of x_0; a `ldgan.networks.Generator` or anything else that is called like one."""
+Denoiser = Callable[[Tensor, Tensor], Denoised]
+"""(x_t, t) -> p(x_{t-1} | x_t), with t, int64 (B,), in the steps of the process that is sampled."""
+
+Noise = Callable[[Sequence[int]], Tensor]
+"""Shape of one sample -> standard normal noise (B, *shape), new at every call, as of `noise_from_seeds`."""
+
+Guidance = Callable[[Tensor, Tensor], Tensor]
+"""(x_t, t) -> scale * gradient of log p(y | x_t) with respect to x_t, in its shape."""
+
+Callback = Callable[[int, Tensor, Tensor], None]
+"""Called after each step with t, the estimate of x_0 and x_{t-1}."""
 
 
-class SamplingNoise(NamedTuple):
-    """All randomness of a batch of samples; entry t - 1 of ``z`` and ``posterior`` belongs to step t."""
+@dataclass
+class SamplerConfig:
+    """How a trained model is sampled."""
 
-    x_T: Tensor  # (B, C, s, s)
-    z: Tensor  # (T, B, z_dim)
-    posterior: Tensor  # (T, B, C, s, s); step 1 adds no noise, so its entry has no effect
+    method: Literal["ancestral", "ddim"] = option("ancestral", "ancestral: as it was trained; ddim: of a DDPM run")
+    num_steps: int = option(0, "steps, evenly among those of training; 0: all of them")
+    eta: float = option(0.0, "noise of ddim: 0 is deterministic, 1 is as much as ancestral sampling has")
+    guidance_scale: float = option(1.0, "classifier-free guidance: 1 is without, more follows the label closer")
+    classifier: str | None = option(None, "run of ldgan/train_classifier.py that guides")
+    classifier_scale: float = option(1.0, "scale of the classifier's gradient")
 
-
-def noise_from_seeds(
-    seeds: Sequence[int], shape: Sequence[int], z_dim: int, num_steps: int, device: torch.device | str
-) -> SamplingNoise:
-    """Noise in which row i depends on ``seeds[i]`` alone: a seed is the same image in any batch, on any process."""
-    size = torch.Size(shape).numel()
-    flat = randn_per_sample([size + num_steps * (z_dim + size)], seeds, "sample", device)
-    x_T, z, posterior = flat.split([size, num_steps * z_dim, num_steps * size], dim=1)
-    return SamplingNoise(
-        x_T.unflatten(1, tuple(shape)),
-        z.unflatten(1, (num_steps, z_dim)).transpose(0, 1),
-        posterior.unflatten(1, (num_steps, *shape)).transpose(0, 1),
-    )
+    def validate(self) -> None:
+        """Raise a UserError for settings that contradict each other."""
+        if self.method == "ancestral" and self.eta != 0:
+            raise UserError(f"eta is {self.eta}, but only the ddim sampler has one; leave it out")
+        if self.num_steps < 0 or self.eta < 0:
+            raise UserError(f"num_steps is {self.num_steps} and eta {self.eta}; choose 0 or more")
 
 
 @torch.no_grad()
-def sample(
+def ancestral(
     denoiser: Denoiser,
     diffusion: Diffusion,
-    noise: SamplingNoise,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    noise: Noise,
+    shape: Sequence[int],
+    *,
+    guidance: Guidance | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """Denoise x_T to samples of x_0, (B, C, s, s), with one evaluation of ``denoiser`` for each t = T..1.
+    """Sample x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1 from x_T ~ N(0, I): samples of x_0, (B, *shape).
 
-    ``callback(t, x_0_estimate, x_previous)`` is called after each step.
+    Ho et al., Algorithm 2, and Xiao et al., section 4. No noise is added at t = 1. ``guidance`` shifts each
+    mean by the variance times it (Dhariwal and Nichol, arXiv 2105.05233, Algorithm 1).
     """
-    x = noise.x_T
+    x = noise(shape)
     for step in range(diffusion.num_steps, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
-        x_0 = denoiser(x, noise.z[step - 1], t)
-        x = diffusion.posterior_sample(x_0, x, t, noise.posterior[step - 1])
+        denoised = denoiser(x, t)
+        if guidance is not None:
+            denoised = denoised._replace(mean=denoised.mean + denoised.std.square() * guidance(x, t))
+        x = denoised.sample(noise(shape)) if step > 1 else denoised.mean
+        if callback is not None:
+            callback(step, denoised.x_0, x)
+    return x
+
+
+@torch.no_grad()
+def ddim(
+    denoiser: Denoiser,
+    diffusion: Diffusion,
+    noise: Noise,
+    shape: Sequence[int],
+    *,
+    eta: float = 0.0,
+    guidance: Guidance | None = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample by denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12): x_0, (B, *shape).
+
+    With ``eta`` 0 each step is deterministic, with 1 it has the posterior's variance. ``guidance`` is taken from
+    the noise estimate, times sqrt(1 - abar_t) (Dhariwal and Nichol, Algorithm 2).
+    """
+    x = noise(shape)
+    for step in range(diffusion.num_steps, 0, -1):
+        t = torch.full((len(x),), step, device=x.device)
+        x_0 = denoiser(x, t).x_0
+        estimate = diffusion.noise_of_x_0(x_0, x, t)
+        if guidance is not None:
+            estimate = estimate - at((1.0 - diffusion.alphas_bar).sqrt(), t, x) * guidance(x, t)
+            x_0 = diffusion.x_0_of_noise(estimate, x, t)
+        variance = eta**2 * diffusion.posterior_variance[step]
+        previous_bar = diffusion.alphas_bar[step - 1]
+        x = previous_bar.sqrt().to(x) * x_0 + (1.0 - previous_bar - variance).clamp(min=0).sqrt().to(x) * estimate
+        if variance > 0:
+            x = x + variance.sqrt().to(x) * noise(shape)
         if callback is not None:
             callback(step, x_0, x)
     return x

@@ -11,34 +11,26 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from accelerate.utils import set_seed
 
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
 from data_prep.loader import batches_of_run
-from ldgan.data import DataSource, open_source
-from ldgan.diffusion import BETA_MAX, Diffusion, vp_betas
+from ldgan.data import ConditionalDataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
+from ldgan.diffusion import BETA_MAX, Predicts, build_diffusion
+from ldgan.discriminator import Discriminator, DiscriminatorConfig
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import Stateful
 from ldgan.engine.command import parse_command, training_parser
-from ldgan.engine.config import MISSING, option
+from ldgan.engine.config import option, to_dict
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.session import RunConfig, Session, make_accelerator
-from ldgan.loading import (
-    KIND,
-    WEIGHTS,
-    TrainedModel,
-    build_discriminator,
-    build_generator,
-    keep_autoencoder,
-)
-from ldgan.networks import DiscriminatorConfig, GeneratorConfig
-from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
-
-NUM_PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 16
+from ldgan.generation import preview
+from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet, process_of
+from ldgan.networks import UNetConfig
+from ldgan.training import DiffusionGANTrainer, LossConfig, Objective, PhasesConfig, Players
 
 EXAMPLES = """
 accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
@@ -49,21 +41,21 @@ torchrun --nproc_per_node 2 ldgan/train.py --latent --config configs/ldgan/stack
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(ConditionalDataConfig):
     """Everything a run of stage 2 depends on."""
 
-    data: str = option(MISSING, "folder of latent shards, or of image shards (encoded on the fly with latent=true)")
-    latent: bool = option(False, "train on latents of `autoencoder`; the flag --latent sets it")
-    autoencoder: str | None = option(None, "finished run of autoencoder/train.py; needed with latent=true")
-    flips: bool = option(False, "mirror half of the images; latent shards must hold the mirror images")
-    sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
     num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
     beta_max: float = option(
         BETA_MAX, "noise rate at the end of the schedule; less puts more of the T steps at little noise"
     )
+    schedule: Literal["vp", "geometric"] = option("vp", "how noise grows with t; geometric has no beta_max")
+    objective: Objective = option(
+        "denoising", "denoising in T steps; one_shot: from x_T to x_0 in one, the process being augmentation alone"
+    )
+    predicts: Predicts = option("x_0", "what the generator estimates: x_0, the noise in x_t, or x_previous, x_{t-1}")
     timestep_weights: list[float] = option([], "how often t = 1..T is drawn in training, in proportion; []: uniformly")
     run: RunConfig = option(RunConfig(), "")
-    generator: GeneratorConfig = option(GeneratorConfig(), "")
+    generator: UNetConfig = option(UNetConfig(), "")
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
     phases: PhasesConfig = option(PhasesConfig(), "")
@@ -73,6 +65,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise a UserError for settings that contradict each other."""
+        super().validate()
         if not 1 <= self.num_timesteps <= 8:
             raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to 8")
         if self.beta_max <= 0.1:
@@ -84,42 +77,43 @@ class TrainConfig:
         weights = self.timestep_weights
         if weights and (len(weights) != self.num_timesteps or min(weights) < 0 or sum(weights) == 0):
             raise cli.UserError(f"timestep_weights is {weights}; give one weight >= 0 for each of t = 1..T, or none")
-        if self.latent and self.autoencoder is None:
-            raise cli.UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
+        if self.objective == "one_shot" and self.predicts != "x_0":
+            raise cli.UserError(f"predicts is {self.predicts}; objective=one_shot makes x_0 itself: set predicts=x_0")
+        if self.objective == "one_shot" and (self.loss.l1_weight > 0 or self.loss.l1_weight_final > 0):
+            raise cli.UserError(
+                "objective=one_shot makes x_0 that belong to no data; set loss.l1_weight and l1_weight_final to 0"
+            )
+        self.loss.validate()
 
 
 def main() -> None:
     """Train and save."""
     parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
-    # Appended to the settings that it stands for, so that --dry-run, the checks and the run's config see it too.
-    parser.add_argument(
-        "--latent", dest="overrides", action="append_const", const="latent=true", help="train on latents: latent=true"
-    )
+    add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
     accelerator = make_accelerator(config.run.precision, config.run.num_threads)
     set_seed(config.run.seed)
-    autoencoder = None
-    if config.latent and config.autoencoder is not None:
-        autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
-    source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
+    source, autoencoder = open_data(config, accelerator)
     check_windows(config.loss.energy_windows, source.shape[-1])
-    accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
+    class_names = source.class_names if config.class_conditional else None
 
-    diffusion = Diffusion(vp_betas(config.num_timesteps, beta_max=config.beta_max))
-    players = build_players(config, source.shape, accelerator.device)
-    session = Session(accelerator, config, things_to_save(players), describe_run(source, autoencoder))
+    diffusion = build_diffusion(config.schedule, config.num_timesteps, config.beta_max)
+    players = build_players(config, source.shape, len(class_names or []), accelerator.device)
+    description = describe_run(GAN, source, autoencoder, class_conditional=config.class_conditional)
+    session = Session(accelerator, config, things_to_save(players), description)
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
-    if config.autoencoder is not None and config.latent and accelerator.is_main_process:
-        keep_autoencoder(Path(config.autoencoder), session.run.path)
-    accelerator.wait_for_everyone()
+    keep_autoencoder(config, session.run.path, accelerator)
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = DiffusionGANTrainer(
         accelerator,
         diffusion,
         players,
+        objective=config.objective,
+        predicts=config.predicts,
+        label_dropout=config.label_dropout,
         loss=config.loss,
         phases=config.phases,
         timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
@@ -127,15 +121,19 @@ def main() -> None:
         batch_size=config.run.batch_size,
         seed=config.run.seed,
     )
-    resolution = source.dataset.shards.manifest.details["resolution"]
-    model = TrainedModel(players.ema.model, diffusion, autoencoder, source.shape, resolution)
+    model = TrainedModel(
+        players.ema.model,
+        process_of(to_dict(config)),
+        autoencoder,
+        source.shape,
+        description["resolution"],
+        predicts=config.predicts,
+        class_names=class_names,
+    )
     for step in session.steps():
         set_learning_rates(config, step, players)
         session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
-        if session.wants_preview(step):
-            with accelerator.autocast():
-                previews = model.decode(model.sample(list(range(NUM_PREVIEW_IMAGES))))
-            session.preview(step, "samples", previews, PREVIEW_COLUMNS)
+        preview(session, step, model, accelerator)
 
     session.finish({})
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
@@ -147,10 +145,23 @@ def check_windows(windows: list[int], side: int) -> None:
         raise cli.UserError(f"loss.energy_windows has {wrong[0]}; choose sides from 1 to {side - 1}, as x_0 has {side}")
 
 
-def build_players(config: TrainConfig, data_shape: tuple[int, int, int], device: torch.device) -> Players:
-    """Fresh networks for data of this shape, and their optimizers."""
-    generator = build_generator(config.generator, data_shape).to(device)
-    discriminator = build_discriminator(config.discriminator, data_shape).to(device)
+def build_players(
+    config: TrainConfig, data_shape: tuple[int, int, int], num_classes: int, device: torch.device
+) -> Players:
+    """Fresh networks for data of this shape, and their optimizers.
+
+    Raises:
+        UserError: the networks' settings contradict each other or the shape.
+    """
+    channels, side, _ = data_shape
+    pairs = config.objective == "denoising"
+    try:
+        generator = build_unet(config.generator, data_shape, num_classes).to(device)
+        discriminator = Discriminator(
+            channels=channels, resolution=side, num_classes=num_classes, pairs=pairs, **vars(config.discriminator)
+        ).to(device)
+    except ValueError as error:
+        raise cli.UserError(f"generator or discriminator: {error}") from error
     return Players(
         generator,
         discriminator,
@@ -164,7 +175,7 @@ def things_to_save(players: Players) -> dict[str, Stateful]:
     """What a checkpoint holds, by the names of its files."""
     return {
         "generator": players.generator,
-        WEIGHTS: players.ema,
+        WEIGHTS[GAN]: players.ema,
         "discriminator": players.discriminator,
         "generator_optimizer": players.generator_optimizer,
         "discriminator_optimizer": players.discriminator_optimizer,
@@ -181,25 +192,6 @@ def set_learning_rates(config: TrainConfig, step: int, players: Players) -> None
     game = (step - num_pretraining_steps, num_steps - num_pretraining_steps)
     set_learning_rate(players.generator_optimizer, learning_rate(config.generator_optimizer, *game))
     set_learning_rate(players.discriminator_optimizer, learning_rate(config.discriminator_optimizer, *game))
-
-
-def describe_run(source: DataSource, autoencoder: AutoencoderKL | None) -> dict:
-    """What a checkpoint tells about itself besides config and progress."""
-    manifest = source.dataset.shards.manifest
-    data = {
-        "folder": str(source.dataset.shards.folder),
-        "kind": manifest.kind,
-        "fingerprint": manifest.fingerprint,
-        "num_samples": manifest.num_samples,
-        "seconds": manifest.seconds,
-    }
-    return {
-        "kind": KIND,
-        "data_shape": list(source.shape),
-        "resolution": manifest.details["resolution"],
-        "data": data,
-        "autoencoder": fingerprint(autoencoder) if autoencoder is not None else None,
-    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,10 +21,23 @@ def generator(device: torch.device | str, *keys: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
-def randn_per_sample(shape: Sequence[int], seeds: Sequence[int], stream: str, device: torch.device | str) -> Tensor:
-    """Return standard normal noise (len(seeds), *shape) in fp32; row i depends on seed i alone.
+def noise_from_seeds(
+    seeds: Sequence[int], stream: str, device: torch.device | str
+) -> Callable[[Sequence[int]], Tensor]:
+    """A source of noise: called with the shape of one sample it gives standard normal (len(seeds), *shape), fp32.
 
-    A seed thus gives the same image at any batch size and any place in the batch. The numbers are drawn on
-    the CPU, so that every device gets the same. ``stream`` tells apart the uses an image makes of its seed.
+    Each call draws anew, and row i depends on ``seeds[i]`` alone: a seed gives the same image at any batch size,
+    any place in the batch, on any process. The numbers are drawn on the CPU, so that every device gets the same.
+    ``stream`` tells apart the uses an image makes of its seed.
     """
-    return torch.stack([torch.randn(*shape, generator=generator("cpu", stream, seed)) for seed in seeds]).to(device)
+    generators = [generator("cpu", stream, seed) for seed in seeds]
+
+    def noise(shape: Sequence[int]) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=random) for random in generators]).to(device)
+
+    return noise
+
+
+def noise_like(x: Tensor, random: torch.Generator) -> Tensor:
+    """Standard normal noise in the shape and dtype, and on the device, of ``x``."""
+    return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)

@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -25,19 +25,18 @@ from rich.console import Console
 from rich.table import Table
 
 from autoencoder.loading import build_autoencoder
-from autoencoder.networks import AutoencoderKL
 from autoencoder.perceptual import build_perceptual
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from autoencoder.train import build_players
 from autoencoder.training import AutoencoderTrainer
-from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.diffusion import build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.config import load_config
 from ldgan.engine.session import make_accelerator
 from ldgan.loading import TrainedModel
 from ldgan.train import TrainConfig
 from ldgan.train import build_players as build_gan_players
-from ldgan.training import DiffusionGANTrainer
+from ldgan.training import Batch, DiffusionGANTrainer, Players
 
 NUM_SAMPLES = 500
 
@@ -65,8 +64,11 @@ def main() -> None:
 
     add("autoencoder step", first.run.batch_size, autoencoder_step(accelerator, first, flags.resolution))
     data_shape = autoencoder.latent_shape(flags.resolution)
-    gan_step, model = diffusion_gan(accelerator, autoencoder, second, data_shape, flags.resolution)
+    players, trainer = diffusion_gan(accelerator, second, data_shape)
+    gan_step = game_step(accelerator, trainer, (second.run.batch_size, *data_shape), itertools.count(1))
     add("diffusion GAN step, both players", second.run.batch_size, gan_step)
+    process = build_diffusion(second.schedule, second.num_timesteps, second.beta_max)
+    model = TrainedModel(players.ema.model, process, autoencoder.eval(), data_shape, flags.resolution)
 
     def in_precision(work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
@@ -116,19 +118,17 @@ def autoencoder_step(accelerator: Accelerator, config: AutoencoderTrainConfig, r
 
 
 def diffusion_gan(
-    accelerator: Accelerator,
-    autoencoder: AutoencoderKL,
-    config: TrainConfig,
-    data_shape: tuple[int, int, int],
-    resolution: int,
-) -> tuple[Callable[[], object], TrainedModel]:
-    """One step of both players on random latents (the lazy penalty in its turn), and the model to sample from."""
-    players = build_gan_players(config, data_shape, accelerator.device)
-    diffusion = Diffusion(vp_betas(config.num_timesteps))
+    accelerator: Accelerator, config: TrainConfig, data_shape: tuple[int, int, int]
+) -> tuple[Players, DiffusionGANTrainer]:
+    """Fresh players of stage 2, and their trainer."""
+    players = build_gan_players(config, data_shape, 0, accelerator.device)
     trainer = DiffusionGANTrainer(
         accelerator,
-        diffusion,
+        build_diffusion(config.schedule, config.num_timesteps, config.beta_max),
         players,
+        objective=config.objective,
+        predicts=config.predicts,
+        label_dropout=0.0,
         loss=config.loss,
         phases=config.phases,
         timestep_weights=[1.0] * config.num_timesteps,
@@ -136,15 +136,21 @@ def diffusion_gan(
         batch_size=config.run.batch_size,
         seed=0,
     )
-    x_0 = [torch.randn(config.run.batch_size, *data_shape, device=accelerator.device)]
-    steps = itertools.count(1)
+    return players, trainer
+
+
+def game_step(
+    accelerator: Accelerator, trainer: DiffusionGANTrainer, shape: tuple[int, ...], steps: Iterable[int]
+) -> Callable[[], object]:
+    """One step of both players on random latents of ``shape``, numbered by ``steps``, which decide on the penalty."""
+    batches, numbers = [Batch(torch.randn(shape, device=accelerator.device), None)], iter(steps)
 
     def both_players() -> None:
-        step = next(steps)
-        trainer.discriminator_step(step, x_0)
-        trainer.generator_step(step, x_0, l1_weight=0.1, adversarial=True)
+        step = next(numbers)
+        trainer.discriminator_step(step, batches)
+        trainer.generator_step(step, batches, l1_weight=0.1, adversarial=True)
 
-    return both_players, TrainedModel(players.ema.model, diffusion, autoencoder.eval(), data_shape, resolution)
+    return both_players
 
 
 def parse_flags() -> argparse.Namespace:

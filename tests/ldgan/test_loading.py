@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from autoencoder.light_decoder import KIND as LIGHT_KIND
 from autoencoder.light_decoder import WEIGHTS as LIGHT_WEIGHTS
@@ -15,15 +16,16 @@ from autoencoder.loading import KIND as AUTOENCODER_KIND
 from autoencoder.loading import WEIGHTS as AUTOENCODER_WEIGHTS
 from autoencoder.loading import fingerprint
 from autoencoder.networks import AutoencoderKL
+from ldgan.data import DataConfig, keep_autoencoder
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import to_uint8
-from ldgan.loading import KIND, WEIGHTS, build_generator, keep_autoencoder, load_model
-from ldgan.networks import GeneratorConfig
+from ldgan.loading import GAN, WEIGHTS, build_unet, load_model
+from ldgan.networks import UNetConfig
 
 LIGHT_CONFIG = LightDecoderConfig(widths=[6], num_blocks=[1])
-GENERATOR_CONFIG = GeneratorConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1)
+GENERATOR_CONFIG = UNetConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1)
 SHAPE = (2, 4, 4)
 
 
@@ -49,18 +51,23 @@ def stage_1(tmp_path: Path, autoencoder: AutoencoderKL) -> Path:
     return folder
 
 
+def keep(stage_1: Path, run: Path) -> None:
+    """What a run of stage 2 on latents of ``stage_1`` does first."""
+    keep_autoencoder(DataConfig(latent=True, autoencoder=str(stage_1)), run, Accelerator(cpu=True))
+
+
 def save_run(folder: Path, *, latent: bool) -> Path:
     """A run of stage 2, without an autoencoder so far; its only checkpoint."""
     config = {"generator": to_dict(GENERATOR_CONFIG), "num_timesteps": 2, "beta_max": 12.0, "latent": latent}
-    description = {"kind": KIND, "config": config, "data_shape": list(SHAPE), "resolution": 8}
+    description = {"kind": GAN, "config": config, "data_shape": list(SHAPE), "resolution": 8}
     checkpoint = folder / "checkpoints" / "step_000000001"
-    save_checkpoint(checkpoint, {WEIGHTS: build_generator(GENERATOR_CONFIG, SHAPE)}, description)
+    save_checkpoint(checkpoint, {WEIGHTS[GAN]: build_unet(GENERATOR_CONFIG, SHAPE)}, description)
     return checkpoint
 
 
 def test_a_run_keeps_the_autoencoder_and_its_light_decoder(tmp_path, stage_1, autoencoder):
     checkpoint = save_run(tmp_path / "run", latent=True)
-    keep_autoencoder(stage_1, tmp_path / "run")
+    keep(stage_1, tmp_path / "run")
     x_0 = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     full, light = load_model(checkpoint), load_model(checkpoint, decoder="light")
     assert fingerprint(full.autoencoder) == fingerprint(light.autoencoder) == fingerprint(autoencoder)
@@ -71,10 +78,10 @@ def test_a_run_keeps_the_autoencoder_and_its_light_decoder(tmp_path, stage_1, au
 
 
 def test_the_autoencoder_that_a_run_keeps_is_not_replaced(tmp_path, stage_1, tiny_autoencoder):
-    keep_autoencoder(stage_1, tmp_path / "run")
+    keep(stage_1, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert any("light" in str(path) for path in before)
-    keep_autoencoder(stage_1, tmp_path / "run")
+    keep(stage_1, tmp_path / "run")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -85,7 +92,7 @@ def test_the_light_decoder_has_to_be_there_and_pixels_have_none(tmp_path, stage_
     for file in light_decoder_folder(stage_1).iterdir():
         file.unlink()
     light_decoder_folder(stage_1).rmdir()
-    keep_autoencoder(stage_1, tmp_path / "run")
+    keep(stage_1, tmp_path / "run")
     with pytest.raises(UserError, match=r"no light decoder.*distill\.py"):
         load_model(checkpoint, decoder="light")
 

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from ldgan.losses import (
     discriminator_loss,
     energy_score,
+    finite_difference_penalty,
     generator_loss,
     gradient_penalty,
     reconstruction_loss,
+    relativistic_loss,
     sigmoid_decay,
 )
 
@@ -46,6 +48,30 @@ def test_the_generators_gradient_does_not_vanish_where_the_discriminator_is_sure
     assert logit.grad.item() == pytest.approx(-1.0)
 
 
+def test_equal_logits_cost_either_player_log_2() -> None:
+    logits = torch.tensor([-3.0, 0.0, 7.0])
+    assert relativistic_loss(logits, logits).item() == pytest.approx(math.log(2))
+
+
+def test_the_relativistic_loss_sees_pairs_and_differences_alone() -> None:
+    real, fake = torch.randn(2, 6, generator=torch.manual_seed(0)).double()
+    loss = relativistic_loss(real, fake)
+    expected = -torch.log(1 / (1 + torch.exp(-(real - fake)))).mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(relativistic_loss(real + 3, fake + 3), loss)
+    assert abs(relativistic_loss(real, fake.flip(0)) - loss) > 1e-3
+
+
+def test_the_relativistic_gradient_in_closed_form() -> None:
+    # Of each logit: the chance, by the logistic function, that its opponent looks more real.
+    random = torch.manual_seed(0)
+    real, fake = (torch.randn(5, generator=random).requires_grad_() for _ in range(2))
+    relativistic_loss(fake, real).backward()
+    losing = torch.sigmoid(real.detach() - fake.detach()) / 5
+    torch.testing.assert_close(fake.grad, -losing)
+    torch.testing.assert_close(real.grad, losing)
+
+
 def test_the_penalty_of_a_linear_discriminator_is_its_squared_norm() -> None:
     weight = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
     x = torch.randn(5, 3, requires_grad=True)
@@ -68,6 +94,37 @@ def test_the_penalty_of_a_quadratic_discriminator() -> None:
     (gradient,) = torch.autograd.grad(penalty, A)
     S = (flat.T @ flat / 6).detach()
     torch.testing.assert_close(gradient, A.detach() @ S + S @ A.detach())  # of tr(A S A), S = E x x^T, A symmetric
+
+
+def test_finite_differences_of_a_linear_discriminator_give_its_penalty_at_any_epsilon() -> None:
+    weight = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    random = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 400_000, 3, generator=random, dtype=torch.float64)
+    for epsilon in (0.01, 1.0):
+        penalty = finite_difference_penalty(x @ weight, (x + epsilon * v) @ weight, epsilon)
+        (gradient,) = torch.autograd.grad(penalty, weight)
+        # (v . w)^2 is ||w||^2 times a chi-squared variable of variance 2: five standard errors.
+        assert penalty.item() == pytest.approx(14, abs=5 * 14 * (2 / 400_000) ** 0.5)
+        torch.testing.assert_close(gradient, 2 * weight.detach(), rtol=0, atol=0.15)
+
+
+def test_finite_differences_of_a_quadratic_discriminator_exceed_its_penalty_by_the_curvature() -> None:
+    # D(x) = x^T A x / 2. Since v^T A v has mean tr A and variance 2 ||A||^2, its square adds
+    # epsilon^2 / 4 (tr(A)^2 + 2 ||A||^2) to the exact penalty; the cross term is odd in v and vanishes.
+    random = torch.Generator().manual_seed(0)
+    A = torch.randn(4, 4, generator=random, dtype=torch.float64)
+    A, x = A + A.T, torch.randn(1, 4, generator=random, dtype=torch.float64).requires_grad_()
+    v = torch.randn(400_000, 4, generator=random, dtype=torch.float64)
+
+    def discriminator(x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * ((x @ A) * x).sum(dim=1)
+
+    exact = gradient_penalty(discriminator(x), x).item()
+    curvature = (A.trace().square() + 2 * A.square().sum()).item()
+    for epsilon in (0.01, 0.5):
+        estimate = finite_difference_penalty(discriminator(x), discriminator(x + epsilon * v), epsilon).item()
+        assert estimate == pytest.approx(exact + epsilon**2 / 4 * curvature, rel=0.02)
+    assert 0.25 / 4 * curvature > 0.1 * exact  # so that the second epsilon tells the two apart
 
 
 def test_reconstruction_is_the_mean_absolute_error() -> None:

@@ -6,21 +6,29 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldgan.data import Pixels
-from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.diffusion import Diffusion, Predicts, vp_betas
+from ldgan.discriminator import Discriminator, DiscriminatorConfig
+from ldgan.engine.cli import UserError
+from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
-from ldgan.networks import Discriminator, Generator
-from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
+from ldgan.networks import UNet, UNetConfig
+from ldgan.train import TrainConfig
+from ldgan.training import Batch, DiffusionGANTrainer, Drawn, LossConfig, Objective, PhasesConfig, Players
 
 SHAPE, BATCH_SIZE, SEED = (2, 4, 4), 4, 7
 SOURCE = Pixels(None, SHAPE)  # the trainer reads no dataset, it is handed batches
+DIFFUSION = Diffusion(vp_betas(4))
 
 
 @dataclass
@@ -28,36 +36,48 @@ class Game:
     """Tiny players under gradient descent with rate 1: a step moves weights by minus their gradient."""
 
     trainer: DiffusionGANTrainer
-    generator: Generator
+    generator: UNet
     discriminator: Discriminator
-    ema: EMA[Generator]
+    ema: EMA[UNet]
 
 
 def new_game(
     *,
+    objective: Objective = "denoising",
+    predicts: Predicts = "x_0",
+    num_classes: int = 0,
+    label_dropout: float = 0.0,
+    z_dim: int = 3,
+    attention_resolutions: Sequence[int] = (),
     num_micro_batches: int = 1,
     timestep_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     phases: PhasesConfig | None = None,
-    **loss: float,
+    **loss: Any,
 ) -> Game:
     torch.manual_seed(0)
-    generator = Generator(
-        channels=2,
-        resolution=4,
+    numbers = UNetConfig(
         base_channels=8,
         channel_multipliers=[1],
         num_res_blocks=1,
         attention_resolutions=[],
-        z_dim=3,
+        z_dim=z_dim,
         num_mapping_layers=1,
         embedding_dim=8,
-        dropout=0.0,
     )
-    discriminator = Discriminator(channels=2, widths=[8, 8], embedding_dim=8)
+    generator = UNet(channels=2, resolution=4, out_channels=2, num_classes=num_classes, **vars(numbers))
+    discriminator = Discriminator(
+        channels=2,
+        resolution=4,
+        num_classes=num_classes,
+        pairs=objective == "denoising",
+        **vars(
+            DiscriminatorConfig(widths=[8, 8], embedding_dim=8, attention_resolutions=list(attention_resolutions)),
+        ),
+    )
     ema = EMA(generator, halflife_images=8, rampup_ratio=None)
     trainer = DiffusionGANTrainer(
         Accelerator(cpu=True),
-        Diffusion(vp_betas(4)),
+        DIFFUSION,
         Players(
             generator,
             discriminator,
@@ -65,6 +85,9 @@ def new_game(
             torch.optim.SGD(discriminator.parameters(), lr=1.0),
             ema,
         ),
+        objective=objective,
+        predicts=predicts,
+        label_dropout=label_dropout,
         loss=LossConfig(**loss),
         phases=phases or PhasesConfig(),
         timestep_weights=timestep_weights,
@@ -73,6 +96,10 @@ def new_game(
         seed=SEED,
     )
     return Game(trainer, generator, discriminator, ema)
+
+
+def batch(number: int = 0, batch_size: int = BATCH_SIZE, labels: Tensor | None = None) -> Batch:
+    return Batch(data(number, batch_size), labels)
 
 
 def data(number: int = 0, batch_size: int = BATCH_SIZE) -> Tensor:
@@ -97,7 +124,7 @@ def test_the_discriminators_step_moves_the_discriminator_alone() -> None:
     game = new_game(r1_every_steps=1)
     before = copy.deepcopy(game.generator.state_dict())
     start = weights(game.discriminator)
-    game.trainer.discriminator_step(1, [data()])
+    game.trainer.discriminator_step(1, [batch()])
     assert not torch.equal(weights(game.discriminator), start)
     for network in (game.generator, game.ema.model):
         torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
@@ -110,7 +137,7 @@ def test_the_generators_step_moves_the_generator_and_its_average_alone() -> None
     sentinels = [torch.full_like(parameter, 3.0) for parameter in game.discriminator.parameters()]
     for parameter, sentinel in zip(game.discriminator.parameters(), sentinels):
         parameter.grad = sentinel.clone()
-    game.trainer.generator_step(1, [data()], l1_weight=0.0, adversarial=True)
+    game.trainer.generator_step(1, [batch()], l1_weight=0.0, adversarial=True)
     assert not torch.equal(weights(game.generator), start)
     assert not torch.equal(weights(game.ema.model), start)
     torch.testing.assert_close(game.discriminator.state_dict(), before, rtol=0, atol=0)
@@ -120,40 +147,126 @@ def test_the_generators_step_moves_the_generator_and_its_average_alone() -> None
 
 def test_the_discriminator_trains_again_after_a_step_of_the_generator() -> None:
     game = new_game()
-    game.trainer.generator_step(1, [data()], l1_weight=0.0, adversarial=True)
+    game.trainer.generator_step(1, [batch()], l1_weight=0.0, adversarial=True)
     start = weights(game.discriminator)
-    game.trainer.discriminator_step(2, [data()])
+    game.trainer.discriminator_step(2, [batch()])
     assert not torch.equal(weights(game.discriminator), start)
 
 
 def test_r1_comes_with_exactly_every_third_step() -> None:
     game = new_game(r1_every_steps=3)
-    penalised = [step for step in range(1, 10) if "r1" in game.trainer.discriminator_step(step, [data(step)])]
+    penalised = [step for step in range(1, 10) if "r1" in game.trainer.discriminator_step(step, [batch(step)])]
     assert penalised == [3, 6, 9]
 
 
-def test_r1_is_half_gamma_times_the_squared_gradient_on_real_pairs() -> None:
-    game, x_0 = new_game(r1_gamma=0.6), data()
-    random = random_generator("cpu", "r1")
-    r1 = game.trainer.discriminator_losses(x_0, random, penalise=True)["r1"]
+@dataclass
+class Again:
+    """What a player's step draws, drawn again from the same numbers; `random` goes on from there."""
 
-    random = random_generator("cpu", "r1")  # the same t and noise again
-    t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
+    random: torch.Generator
+    t: Tensor
+    real: Tensor  # x_{t-1}
+    x_t: Tensor
+    z: Tensor
+    fake: Tensor  # x_{t-1} of a generator that predicts x_0
+
+
+def draw_again(game: Game, x_0: Tensor, random: torch.Generator) -> Again:
+    t = 1 + torch.multinomial(torch.ones(4), len(x_0), replacement=True, generator=random)
     noises = [torch.randn(x_0.shape, generator=random) for _ in range(2)]
-    x_previous, x_t = Diffusion(vp_betas(4)).pair(x_0, t, *noises)
-    x_previous.requires_grad_()
-    (gradient,) = torch.autograd.grad(game.discriminator(x_previous, x_t, t).sum(), x_previous)
-    torch.testing.assert_close(r1, 0.3 * gradient.square().sum(dim=(1, 2, 3)).mean())
+    real, x_t = DIFFUSION.pair(x_0, t, *noises)
+    z = torch.randn(len(x_0), 3, generator=random)
+    estimate = game.generator(x_t, z, t)
+    fake = DIFFUSION.posterior(estimate, x_t, t).sample(torch.randn(x_0.shape, generator=random))
+    return Again(random, t, real, x_t, z, fake)
+
+
+def squared_gradient(discriminator: Discriminator, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(x, x_t, t).sum(), x)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
+@pytest.mark.parametrize("attention_resolutions", [[], [4, 2]])
+def test_penalties_are_half_gamma_times_squared_gradients_on_real_and_on_fake_samples(attention_resolutions) -> None:
+    game = new_game(r1_gamma=0.6, r2_gamma=0.2, attention_resolutions=attention_resolutions)
+    terms = game.trainer.discriminator_losses(batch(), random_generator("cpu", "penalty"), penalise=True)
+    drawn = draw_again(game, data(), random_generator("cpu", "penalty"))
+    with sdpa_kernel(SDPBackend.MATH):
+        r1, r2 = (squared_gradient(game.discriminator, x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
+    torch.testing.assert_close(terms["r1"], 0.3 * r1)
+    torch.testing.assert_close(terms["r2"], 0.1 * r2)
+    assert abs(r1 - r2) > 1e-3 * r1
+
+
+@pytest.mark.parametrize("gammas", [{"r1_gamma": 1.0}, {"r1_gamma": 0.0, "r2_gamma": 1.0}, {"r1_gamma": 0.0}], ids=str)
+def test_penalties_without_a_weight_are_left_out(gammas: dict[str, float]) -> None:
+    terms = new_game(**gammas).trainer.discriminator_losses(batch(), random_generator("cpu", 0), penalise=True)
+    assert terms.keys() - {"discriminator"} == {name.removesuffix("_gamma") for name, gamma in gammas.items() if gamma}
+
+
+def test_finite_differences_step_along_fresh_noise() -> None:
+    game = new_game(penalty="finite_difference", r1_gamma=0.6, r2_gamma=0.2, penalty_epsilon=0.5)
+    terms = game.trainer.discriminator_losses(batch(), random_generator("cpu", "penalty"), penalise=True)
+    drawn = draw_again(game, data(), random_generator("cpu", "penalty"))
+    for name, weight, x in (("r1", 0.3, drawn.real), ("r2", 0.1, drawn.fake)):
+        there = x + 0.5 * torch.randn(x.shape, generator=drawn.random)
+        change = game.discriminator(there, drawn.x_t, drawn.t) - game.discriminator(x, drawn.x_t, drawn.t)
+        torch.testing.assert_close(terms[name], weight * (change / 0.5).square().mean())
+
+
+def test_only_an_exact_penalty_takes_the_slow_kernel_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(*tensors: Tensor) -> Tensor:
+        seen.append(torch.backends.cuda.flash_sdp_enabled())  # the switch of the fast kernels, on the CPU as well
+        return attention(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for penalty, fast in (("gradient", [True, True, False, False]), ("finite_difference", [True] * 5)):
+        game = new_game(attention_resolutions=[2], r1_every_steps=2, penalty=penalty)
+        seen.clear()
+        for step in (1, 2):
+            game.trainer.discriminator_step(step, [batch()])
+        assert seen == fast
+
+
+def test_the_relativistic_game_is_about_pairs_of_the_same_x_t() -> None:
+    game = new_game(adversarial="relativistic")
+    for name, player in (("discriminator", 1.0), ("generator", -1.0)):
+        if name == "discriminator":
+            term = game.trainer.discriminator_losses(batch(), random_generator("cpu", 1), penalise=False)[name]
+        else:
+            term = game.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=True)[name]
+        drawn = draw_again(game, data(), random_generator("cpu", 1))
+        real, fake = (game.discriminator(x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
+        torch.testing.assert_close(term, torch.log(1 + torch.exp(-player * (real - fake))).mean())
+
+
+def test_the_relativistic_generators_gradient_comes_through_its_fake_alone() -> None:
+    game = new_game(adversarial="relativistic")
+    start, before = weights(game.generator), copy.deepcopy(game.discriminator.state_dict())
+    game.trainer.generator_step(1, [batch()], l1_weight=0.0, adversarial=True)
+    torch.testing.assert_close(game.discriminator.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in game.discriminator.parameters())
+    moved = weights(game.generator)
+
+    again = new_game(adversarial="relativistic")
+    drawn = draw_again(again, data(), random_generator("cpu", SEED, "generator", 1, 0))
+    real, fake = (again.discriminator(x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
+    losing = torch.sigmoid(real - fake).detach() / BATCH_SIZE  # minus the loss's derivative by each fake logit
+    torch.testing.assert_close(moved, start + gradients(again.generator, (losing * fake).sum()))
 
 
 @pytest.mark.parametrize("step", [1, 2])  # R1 on the second
 def test_micro_batches_give_the_mean_of_their_gradients_to_the_discriminator(step: int) -> None:
-    game, batches = new_game(num_micro_batches=2, r1_every_steps=2), [data(0, 2), data(1, 2)]
+    game, batches = new_game(num_micro_batches=2, r1_every_steps=2), [batch(0, 2), batch(1, 2)]
     start = weights(game.discriminator)
     each = []
-    for number, x_0 in enumerate(batches):
+    for number, part in enumerate(batches):
         random = random_generator("cpu", SEED, "discriminator", step, number)
-        losses = game.trainer.discriminator_losses(x_0, random, penalise=step == 2)
+        losses = game.trainer.discriminator_losses(part, random, penalise=step == 2)
         each.append(gradients(game.discriminator, sum(losses.values(), torch.zeros(()))))
     leave_gradients(game.discriminator)
     game.trainer.discriminator_step(step, batches)
@@ -161,12 +274,12 @@ def test_micro_batches_give_the_mean_of_their_gradients_to_the_discriminator(ste
 
 
 def test_micro_batches_give_the_mean_of_their_gradients_to_the_generator() -> None:
-    game, batches = new_game(num_micro_batches=2), [data(0, 2), data(1, 2)]
+    game, batches = new_game(num_micro_batches=2), [batch(0, 2), batch(1, 2)]
     start = weights(game.generator)
     each = []
-    for number, x_0 in enumerate(batches):
+    for number, part in enumerate(batches):
         random = random_generator("cpu", SEED, "generator", 1, number)
-        losses = game.trainer.generator_losses(x_0, random, adversarial=True)
+        losses = game.trainer.generator_losses(part, random, adversarial=True)
         each.append(gradients(game.generator, 0.7 * losses["l1"] + losses["generator"]))
     leave_gradients(game.generator)
     game.trainer.generator_step(1, batches, l1_weight=0.7, adversarial=True)
@@ -177,7 +290,7 @@ def test_the_average_is_its_closed_form_after_each_step() -> None:
     game = new_game()
     average, decay = weights(game.generator), 0.5 ** (BATCH_SIZE / 8)
     for step in range(1, 5):
-        game.trainer.generator_step(step, [data(step)], l1_weight=1.0, adversarial=False)
+        game.trainer.generator_step(step, [batch(step)], l1_weight=1.0, adversarial=False)
         average = decay * average + (1 - decay) * weights(game.generator)
         torch.testing.assert_close(weights(game.ema.model), average)
 
@@ -200,7 +313,9 @@ def test_phases_follow_each_other() -> None:
 def test_the_energy_score_is_weighted_and_reaches_the_generator_alone() -> None:
     game, x_0 = new_game(phases=PhasesConfig(pretraining_steps=1), energy_weight=3.0), data()
     start = weights(game.generator)
-    losses = game.trainer.generator_losses(x_0, random_generator("cpu", SEED, "generator", 1, 0), adversarial=False)
+    losses = game.trainer.generator_losses(
+        Batch(x_0, None), random_generator("cpu", SEED, "generator", 1, 0), adversarial=False
+    )
     expected = start - gradients(game.generator, 3.0 * losses["energy"])
     leave_gradients(game.generator)
     game.trainer.step(1, SOURCE, iter([{"image": x_0}]), progress=0.0)
@@ -232,7 +347,7 @@ def test_every_step_of_the_process_is_trained_on() -> None:
     # With x_0 known, T = 4 and 4,000 draws, each t = 1..4 must come up in a quarter of the pairs.
     game, seen = new_game(), []
     game.discriminator.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
-    game.trainer.discriminator_losses(data(batch_size=4000), random_generator("cpu", 0), penalise=False)
+    game.trainer.discriminator_losses(batch(batch_size=4000), random_generator("cpu", 0), penalise=False)
     real_t, fake_t = seen
     assert torch.equal(real_t, fake_t)
     counts = torch.bincount(real_t, minlength=5)
@@ -242,6 +357,135 @@ def test_every_step_of_the_process_is_trained_on() -> None:
 
 def test_timesteps_are_drawn_in_proportion_to_their_weights() -> None:
     trainer = new_game(timestep_weights=[3.0, 0.0, 1.0, 0.0]).trainer
-    t, _, _ = trainer._real_pair(data(batch_size=4000), torch.Generator().manual_seed(0))
+    t = trainer._draw(batch(batch_size=4000), torch.Generator().manual_seed(0)).t
     shares = torch.bincount(t, minlength=5) / len(t)
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.75, 0.0, 0.25, 0.0]), atol=0.02, rtol=0.0)
+
+
+def test_without_z_a_denoising_step_to_data_is_a_function_of_x_t() -> None:
+    # At t = 1 the posterior adds no noise: what remains random is z.
+    for z_dim, same in ((0, True), (3, False)):
+        game, random = new_game(z_dim=z_dim), torch.Generator().manual_seed(0)
+        x_t, t = data(), torch.ones(BATCH_SIZE, dtype=torch.int64)
+        first, second = (game.trainer._fake(game.generator, Drawn(x_t, x_t, t, None), random)[0] for _ in range(2))
+        assert torch.equal(first, second) == same
+        assert game.trainer.step(1, SOURCE, iter([{"image": data()}]), progress=0.0).keys() >= {"generator"}
+
+
+@pytest.mark.parametrize("predicts", ["x_0", "noise", "x_previous"])
+def test_a_fake_is_made_of_what_the_generator_predicts(predicts: Predicts) -> None:
+    game = new_game(predicts=predicts)
+    x_t, t = data(), torch.tensor([1, 2, 3, 4])
+    fake, estimate = game.trainer._fake(game.generator, Drawn(x_t, x_t, t, None), torch.Generator().manual_seed(0))
+    random = torch.Generator().manual_seed(0)
+    output = game.generator(x_t, torch.randn(BATCH_SIZE, 3, generator=random), t).double()
+    noise = torch.randn(x_t.shape, generator=random).double()
+
+    def column(table: list[float]) -> Tensor:
+        return torch.tensor(table, dtype=torch.float64)[:, None, None, None]
+
+    a = [1 - float(beta) for beta in vp_betas(4)]
+    bar = [float(torch.tensor(a[:i]).double().prod()) for i in range(5)]  # abar_0..abar_4
+    if predicts == "noise":
+        output = (x_t - column([(1 - bar[i]) ** 0.5 for i in range(1, 5)]) * output) / column(bar[1:]).sqrt()
+    expected = output
+    if predicts != "x_previous":
+        c_0 = column([bar[i - 1] ** 0.5 * (1 - a[i - 1]) / (1 - bar[i]) for i in range(1, 5)])
+        c_t = column([a[i - 1] ** 0.5 * (1 - bar[i - 1]) / (1 - bar[i]) for i in range(1, 5)])
+        std = column([((1 - bar[i - 1]) / (1 - bar[i]) * (1 - a[i - 1])) ** 0.5 for i in range(1, 5)])
+        expected = c_0 * output + c_t * x_t + std * noise
+    torch.testing.assert_close(estimate, output.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fake, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("predicts", ["x_0", "x_previous"])
+def test_l1_and_energy_compare_with_what_is_estimated(predicts: Predicts) -> None:
+    game = new_game(predicts=predicts, energy_weight=1.0)
+    terms = game.trainer.generator_losses(batch(), random_generator("cpu", 0), adversarial=False)
+    drawn = draw_again(game, data(), random_generator("cpu", 0))
+    other = game.generator(drawn.x_t, torch.randn(BATCH_SIZE, 3, generator=drawn.random), drawn.t)
+    one = game.generator(drawn.x_t, drawn.z, drawn.t)
+    target = data() if predicts == "x_0" else drawn.real
+    torch.testing.assert_close(terms["l1"], (one - target).abs().mean())
+    to_target, apart = (
+        [(x - y).square().mean(dim=(1, 2, 3)).sqrt().mean() for x, y in those]
+        for those in ([(one, target), (other, target)], [(one, other)])
+    )
+    torch.testing.assert_close(terms["energy"], sum(to_target) / 2 - apart[0] / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_a_one_shot_game_makes_x_0_from_noise_and_judges_it_diffused() -> None:
+    game = new_game(objective="one_shot", energy_weight=1.0)
+    made, judged = [], []
+    game.generator.register_forward_hook(lambda module, given, output: made.append((*given, output.detach())))
+    game.discriminator.register_forward_pre_hook(lambda module, given: judged.append(given))
+    x_0 = torch.full((BATCH_SIZE, *SHAPE), 100.0)  # of which the generator must see nothing
+    terms = game.trainer.discriminator_losses(Batch(x_0, None), random_generator("cpu", 3), penalise=True)
+    assert terms.keys() == {"discriminator", "r1"}
+    ((x_T, _, told, _, output),) = made
+    assert x_T.abs().max() < 10
+    assert told.tolist() == [4] * BATCH_SIZE
+    (real, no_x_t, t, _), (fake, _, fake_t, _) = judged
+    assert no_x_t is None
+    assert torch.equal(t, fake_t)
+    random = random_generator("cpu", 3)
+    assert torch.equal(t, 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random))
+    torch.testing.assert_close(real, DIFFUSION.diffuse(x_0, t - 1, torch.randn(x_0.shape, generator=random)))
+    assert torch.equal(x_T, torch.randn(x_0.shape, generator=random))
+    torch.randn(BATCH_SIZE, 3, generator=random)  # z
+    torch.testing.assert_close(fake, DIFFUSION.diffuse(output, t - 1, torch.randn(x_0.shape, generator=random)))
+
+    terms = game.trainer.generator_losses(Batch(x_0, None), random_generator("cpu", 3), adversarial=True)
+    assert terms.keys() == {"energy", "generator"}
+    assert all(told.tolist() == [4] * BATCH_SIZE for _, _, told, _, _ in made)
+    assert not torch.equal(made[-1][0], made[-2][0])  # the energy score's two samples come from an x_T each
+
+
+def test_a_one_shot_generator_is_sampled_by_a_process_of_one_step() -> None:
+    process, x_T = DIFFUSION.respaced(1), data()
+    t = torch.ones(BATCH_SIZE, dtype=torch.int64)
+    assert process.timesteps[t].tolist() == [4] * BATCH_SIZE
+    output = torch.randn(x_T.shape)
+    torch.testing.assert_close(process.denoised(output, x_T, t).sample(torch.randn(x_T.shape)), output)
+
+
+def test_both_players_are_told_the_same_labels_of_which_a_share_is_left_out() -> None:
+    game = new_game(num_classes=3, label_dropout=0.25)
+    labels = torch.arange(4000) % 3
+    told: list[Tensor] = []
+    for player in (game.generator, game.discriminator):
+        player.register_forward_pre_hook(lambda module, given: told.append(given[3]))
+    for losses in (game.trainer.discriminator_losses, game.trainer.generator_losses):
+        told.clear()
+        losses(batch(batch_size=4000, labels=labels), random_generator("cpu", 0), True)
+        assert all(torch.equal(told[0], others) for others in told[1:])
+        assert len(told) >= 2
+        left_out = told[0] == 3
+        assert torch.equal(told[0][~left_out], labels[~left_out])
+        assert left_out.float().mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 4000) ** 0.5)
+
+
+def test_labels_come_from_the_batches_of_the_dataset() -> None:
+    game, labels = new_game(num_classes=3), torch.tensor([2, 0, 1, 1])
+    told: list[Tensor] = []
+    game.discriminator.register_forward_pre_hook(lambda module, given: told.append(given[3]))
+    game.trainer.step(1, SOURCE, iter([{"image": data(), "label": labels}]), progress=0.0)
+    assert all(torch.equal(seen, labels) for seen in told)
+    assert len(told) == 3  # real, fake, and fake once more for the generator
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["objective=one_shot", "predicts=noise"], "objective=one_shot makes x_0 itself"),
+        (["objective=one_shot", "loss.l1_weight=1"], "set loss.l1_weight"),
+        (["loss.r2_gamma=-1"], "loss.r2_gamma -1.0; choose 0 or more"),
+        (["loss.r1_every_steps=0"], "choose 1 or more"),
+        (["loss.penalty_epsilon=0"], "choose more than 0"),
+        (["loss.adversarial=hinge"], "expected non_saturating | relativistic"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(TrainConfig, None, ["data=shards", "run.dir=run", *settings])
+    assert message in str(error.value)
