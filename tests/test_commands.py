@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,13 +24,16 @@ from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from data_prep.loader import LatentDataset, sequential_batches
 from data_prep.shards import ShardSet
 from data_prep.sources import StackedMNIST, load_digits
+from ldgan.compare import CompareConfig
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.config import load_config, to_dict, to_yaml
 from ldgan.engine.images import load_png
-from ldgan.evaluate import REAL_IMAGES_SEED
+from ldgan.judging import REAL_IMAGES_SEED
 from ldgan.metrics.digits import load_or_train
 from ldgan.metrics.modes import stacked_digits_to_modes
 from ldgan.train import TrainConfig as GANTrainConfig
+from ldgan.train_classifier import TrainConfig as ClassifierTrainConfig
+from ldgan.train_ddpm import TrainConfig as DDPMTrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # One thread where commands leave it to the environment, since two run at a time; no GPU; and no config file of
@@ -53,6 +56,9 @@ GAN = (
     *("num_timesteps=2", "loss.r1_every_steps=2", "generator.base_channels=8", "generator.num_res_blocks=1"),
     *("generator.z_dim=8", "generator.embedding_dim=16", "discriminator.widths=[8,8]"),
 )
+UNET = ("network.base_channels=8", "network.num_res_blocks=1", "network.embedding_dim=16")
+DDPM = (*UNET, "class_conditional=true", "label_dropout=0.2", "variance=learned", "optimizer.warmup_steps=1")
+CLASSIFIER = (*UNET, "num_timesteps=1000", "schedule=linear", "optimizer.warmup_steps=1")
 LAST_CHECKPOINT = f"checkpoints/step_{NUM_STEPS:09d}"
 
 
@@ -84,12 +90,26 @@ def train_autoencoder(folder: Path, run_dir: Path) -> tuple[object, ...]:
     return ("autoencoder/train.py", f"data={folder / 'images'}", f"run.dir={run_dir}", *RUN, *AUTOENCODER)
 
 
-def train_gan(folder: Path, run_dir: Path) -> tuple[object, ...]:
-    data = (f"data={folder / 'latents'}", f"autoencoder={folder / 'autoencoder'}")
-    return ("ldgan/train.py", "--latent", *data, f"run.dir={run_dir}", *RUN, *GAN)
+def train_on_latents(script: str, *settings: str) -> Callable[[Path, Path], tuple[object, ...]]:
+    def command(folder: Path, run_dir: Path) -> tuple[object, ...]:
+        data = (f"data={folder / 'latents'}", f"autoencoder={folder / 'autoencoder'}")
+        return (script, "--latent", *data, f"run.dir={run_dir}", *RUN, *settings)
+
+    return command
 
 
-TRAIN = {"autoencoder": train_autoencoder, "gan": train_gan}
+TRAIN = {
+    "autoencoder": train_autoencoder,
+    "gan": train_on_latents("ldgan/train.py", *GAN),
+    "ddpm": train_on_latents("ldgan/train_ddpm.py", *DDPM),
+    "classifier": train_on_latents("ldgan/train_classifier.py", *CLASSIFIER),
+}
+SCHEMAS = {
+    "autoencoder": AutoencoderTrainConfig,
+    "gan": GANTrainConfig,
+    "ddpm": DDPMTrainConfig,
+    "classifier": ClassifierTrainConfig,
+}
 
 
 def sample(folder: Path, out: str, *flags: object) -> tuple[object, ...]:
@@ -104,8 +124,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole chain: ``images``, the run ``autoencoder``, ``latents``, the run ``gan``."""
+def folder(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -> Path:
+    """The whole chain: ``images``, the run ``autoencoder``, ``latents``, the runs ``gan``, ``ddpm``, ``classifier``."""
     folder = tmp_path_factory.mktemp("chain")
     images, autoencoder, latents = (folder / name for name in ("images", "autoencoder", "latents"))
     shards = ("--num-images", NUM_IMAGES, "--samples-per-shard", 32, "--workers", 1)
@@ -113,7 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # No flag at all: accelerate has to find out by itself that there is one process, without a GPU.
     output(*ACCELERATE, *train_autoencoder(folder, autoencoder))
     output("autoencoder/encode.py", "--autoencoder", autoencoder, "--data", images, "--out", latents)
-    output(*ONE_PROCESS, *train_gan(folder, folder / "gan"))
+    stages = ("gan", "ddpm", "classifier")
+    list(pool.map(lambda stage: output(*ONE_PROCESS, *TRAIN[stage](folder, folder / stage)), stages))
     return folder
 
 
@@ -177,7 +198,7 @@ def test_a_run_logs_every_step_with_finite_losses(folder, stage):
         assert names == [plain, plain | {"r1"}] * 2
 
 
-@pytest.mark.parametrize(("stage", "schema"), [("autoencoder", AutoencoderTrainConfig), ("gan", GANTrainConfig)])
+@pytest.mark.parametrize(("stage", "schema"), SCHEMAS.items())
 def test_a_checkpoint_describes_itself(folder, stage, schema):
     description = read_description(folder / stage / LAST_CHECKPOINT)
     config = load_config(schema, folder / stage / "config.yaml", [])
@@ -377,7 +398,7 @@ def test_a_generator_is_no_autoencoder_nor_the_reverse(folder, tmp_path):
     decode = ("autoencoder/decode.py", "--autoencoder", folder / "gan", "--latents", folder / "latents")
     assert "not an autoencoder" in error_line(*decode, "--out", tmp_path / "png")
     draw = ("ldgan/sample.py", "--checkpoint", folder / "autoencoder", "--num-images", 1)
-    assert "not a diffusion GAN" in error_line(*draw, "--out", tmp_path / "png")
+    assert "not a diffusion GAN or DDPM" in error_line(*draw, "--out", tmp_path / "png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -416,7 +437,7 @@ def test_a_truncated_file_is_refused(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["gan"]
 
 
-@pytest.mark.parametrize(("stage", "schema"), [("autoencoder", AutoencoderTrainConfig), ("gan", GANTrainConfig)])
+@pytest.mark.parametrize(("stage", "schema"), SCHEMAS.items())
 def test_a_dry_run_prints_the_config_of_the_run(folder, tmp_path, stage, schema):
     printed = tmp_path / "config.yaml"
     printed.write_text(output(*TRAIN[stage](folder, folder / stage), "--dry-run"))
@@ -428,15 +449,24 @@ def test_a_dry_run_prints_the_config_of_the_run(folder, tmp_path, stage, schema)
     "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT))
 )
 def test_the_configs_of_the_repository_load(path):
+    if path.parent.name == "compare":
+        assert load_config(CompareConfig, path, []).row_configs()
+        return
+    words = path.stem.split("_")
+    special = {"light": DistillConfig, "ddpm": DDPMTrainConfig, "iddpm": DDPMTrainConfig}
+    special |= {"classifier": ClassifierTrainConfig}
     schema = {"autoencoder": AutoencoderTrainConfig, "ldgan": GANTrainConfig}[path.parent.name]
-    config = load_config(DistillConfig if path.name.startswith("light_") else schema, path, [])
+    config = load_config(special.get(words[0]) or special.get(words[-1]) or schema, path, [])
     config.run.micro_batches(num_processes=2)
+
+
+SCRIPTS = ("train", "train_ddpm", "train_classifier", "sample", "evaluate", "compare", "toy")
 
 
 def test_help_shows_examples_of_the_command(pool):
     scripts = ["data_prep/make_shards.py"]
     scripts += [f"autoencoder/{name}.py" for name in ("train", "evaluate", "encode", "decode", "distill", "export")]
-    scripts += [f"ldgan/{name}.py" for name in ("train", "sample", "evaluate")]
+    scripts += [f"ldgan/{name}.py" for name in SCRIPTS]
     for script, text in zip(scripts, pool.map(lambda script: output(script, "--help"), scripts)):
         _, examples = text.split("examples:\n")
         assert script in examples

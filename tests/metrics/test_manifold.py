@@ -1,0 +1,120 @@
+"""Precision, recall, density and coverage against a brute force from the definitions, a peer, and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ldgan.engine.cli import UserError
+from ldgan.metrics.manifold import density_coverage, precision_recall
+
+
+def gaussian(seed: int, num_images: int, num_features: int, spread: float = 1.0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(num_images, num_features, generator=random) + 3.0
+
+
+def lattice(seed: int, num_images: int, num_features: int) -> Tensor:
+    """Points with small whole coordinates: distances tie everywhere, and many points are duplicates."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 3, (num_images, num_features), generator=random).float()
+
+
+def brute_force(real: Tensor, fake: Tensor, k: int) -> tuple[float, float, float, float]:
+    """Precision, recall, density, coverage by differences in float64; whole coordinates make them exact."""
+    x, y = real.double().numpy(), fake.double().numpy()
+
+    def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.square(a[:, None] - b[None]).sum(axis=-1)
+
+    def radii(points: np.ndarray) -> np.ndarray:
+        distances = squared_distances(points, points)
+        return np.array([np.sort(np.delete(row, number))[k - 1] for number, row in enumerate(distances)])
+
+    fake_in_real = squared_distances(y, x) <= radii(x)
+    real_in_fake = squared_distances(x, y) <= radii(y)
+    return (
+        fake_in_real.any(axis=1).mean(),
+        real_in_fake.any(axis=1).mean(),
+        fake_in_real.sum() / (k * len(y)),
+        fake_in_real.any(axis=0).mean(),
+    )
+
+
+def measured(real: Tensor, fake: Tensor, k: int, block_size: int) -> tuple[float, float, float, float]:
+    return (*precision_recall(real, fake, k, block_size), *density_coverage(real, fake, k, block_size))
+
+
+PAIRS = {
+    "apart": (gaussian(0, 90, 8), gaussian(1, 70, 8, spread=0.7) + 0.5),
+    "wider": (gaussian(0, 60, 3), gaussian(1, 80, 3, spread=2.0)),
+    "ties and duplicates": (lattice(0, 120, 3), lattice(1, 100, 3) + torch.tensor([0.0, 1.0, 0.0])),
+    "the same": (lattice(0, 50, 4), lattice(0, 50, 4)),
+    "far from zero": (gaussian(0, 60, 5) + 1e3, gaussian(1, 60, 5) + 1e3),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_it_is_what_the_definitions_say(pair: tuple[Tensor, Tensor], k: int) -> None:
+    expected = brute_force(*pair, k)
+    for block_size in (7, 1000):
+        assert measured(*pair, k, block_size) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["apart", "wider"])
+def test_precision_and_recall_are_those_of_torch_fidelity(name: str) -> None:
+    metric = pytest.importorskip("torch_fidelity.metric_prc")
+    real, fake = (features.double() for features in PAIRS[name])  # single precision would break its own ties
+    theirs = metric.calculate_precision_recall_full(fake, real, 3)
+    assert precision_recall(real, fake) == pytest.approx(theirs, abs=1e-6)
+    assert min(theirs) < max(theirs)
+
+
+def test_sets_far_from_each_other_share_nothing() -> None:
+    real, fake = gaussian(0, 30, 4), gaussian(1, 30, 4) + 100
+    assert measured(real, fake, 3, 512) == (0, 0, 0, 0)
+
+
+def test_duplicates_have_balls_that_hold_them() -> None:
+    # Four copies of each point: radius zero for k = 3, so that an image is inside only if it is such a point.
+    points = gaussian(0, 10, 300) * 10
+    real = points.repeat(4, 1)
+    fake = torch.cat([points[:5], points[5:] + 1e-3]).repeat(4, 1)
+    # Half of the fakes lie in the four balls of their copies: density 1/2 * 4 / k.
+    assert measured(real, fake, 3, 512) == pytest.approx((0.5, 0.5, 2 / 3, 0.5))
+
+
+def test_one_mode_of_four_has_full_precision_and_a_quarter_of_the_coverage() -> None:
+    centres = torch.tensor(list(itertools.product((0.0, 100.0), repeat=2)))
+    real = centres.repeat_interleave(25, dim=0) + gaussian(0, 100, 2)
+    fake = real[:25].repeat(4, 1)
+    precision, recall, _, coverage = measured(real, fake, 3, 512)
+    assert (precision, recall, coverage) == (1.0, 0.25, 0.25)
+
+
+def test_an_outlier_lifts_precision_but_not_density() -> None:
+    # Figure 3 of Naeem et al.: a real outlier's ball reaches over fakes that resemble nothing else.
+    real = torch.cat([gaussian(0, 99, 2), torch.full((1, 2), 60.0)])
+    fake = gaussian(1, 100, 2) + torch.tensor([30.0, 30.0])
+    assert precision_recall(real, fake).precision == 1.0
+    assert density_coverage(real, fake) == pytest.approx((1 / 5, 1 / 100))
+
+
+def test_two_samples_of_one_distribution_have_a_density_of_about_one() -> None:
+    # A real image's ball holds k - 1 of its k neighbours and the k-th on its border: of as many fakes, about k.
+    density, coverage = density_coverage(gaussian(0, 2000, 2), gaussian(1, 2000, 2))
+    assert density == pytest.approx(1.0, abs=0.05)
+    # E[coverage] = 1 - (1/2)^k for N = M (Naeem et al., section 3.3), 0.969 at k = 5.
+    assert coverage == pytest.approx(1 - 0.5**5, abs=0.02)
+
+
+def test_fewer_images_than_neighbours_are_refused() -> None:
+    with pytest.raises(UserError, match="need more than 3 images, not 3"):
+        precision_recall(gaussian(0, 10, 2), gaussian(1, 3, 2))
+    with pytest.raises(ValueError, match=r"\(10, 2\) and \(10, 3\)"):
+        density_coverage(gaussian(0, 10, 2), gaussian(1, 10, 3))
