@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, pool: ThreadPoolExecutor) -
 @pytest.fixture(scope="module")
 def evaluation(folder: Path, pool: ThreadPoolExecutor) -> Future[str]:
     """What evaluate.py prints; it starts early, since training the digit classifier takes the longest."""
-    classifier = ("--classifier", folder / "classifier.safetensors")
+    classifier = ("--digit-classifier", folder / "classifier.safetensors")
     return pool.submit(
         output,
         *("ldgan/evaluate.py", "--checkpoint", folder / "gan", "--metrics", "modes"),
