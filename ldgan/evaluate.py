@@ -37,6 +37,8 @@ from ldgan.metrics.digits import TrainedClassifier
 from ldgan.metrics.modes import mode_coverage
 
 METRICS = ("modes", "labels")
+# By how much a label is multiplied to give the mode 100 r + 10 g + b: a grey digit is three equal ones.
+MODES_OF_CLASSES = {NUM_STACKED_MNIST_CLASSES: 1, 10: 111}
 
 EXAMPLES = """
 examples:
@@ -85,10 +87,10 @@ def job_to_judge(flags: argparse.Namespace, device: torch.device) -> Job:
     if job.model.resolution != 32:
         raise cli.UserError(f"{flags.checkpoint}: makes {job.model.resolution} px images, but 32 px are judged")
     num_classes = len(class_names_of(job.model))
-    if "labels" in flags.metrics and num_classes != NUM_STACKED_MNIST_CLASSES:
+    if "labels" in flags.metrics and num_classes not in MODES_OF_CLASSES:
         raise cli.UserError(
-            f"{flags.checkpoint}: --metrics labels is for StackedMNIST's {NUM_STACKED_MNIST_CLASSES:,} classes, and the"
-            f" model has {num_classes}; leave it out"
+            f"{flags.checkpoint}: --metrics labels is for the 1,000 classes of stacked_mnist and the 10 of mnist; the"
+            f" model has {num_classes}, so leave it out"
         )
     return job
 
@@ -103,7 +105,8 @@ def judge_samples(
         judgement = judge_images(judge.model, images)
         modes += torch.bincount(judgement.modes, minlength=len(modes))
         if "labels" in metrics:
-            right += count_right(judgement.digits, torch.tensor(job.labels_of(numbers)))
+            wanted = torch.tensor(job.labels_of(numbers)) * MODES_OF_CLASSES[len(class_names_of(job.model))]
+            right += count_right(judgement.digits, wanted)
     modes, right = (accelerator.reduce(counts.to(accelerator.device), "sum").cpu() for counts in (modes, right))
     results: dict[str, Any] = {}
     if "modes" in metrics:
@@ -115,12 +118,12 @@ def judge_samples(
     return results
 
 
-def count_right(digits: Tensor, labels: Tensor) -> Tensor:
-    """How many images have the red, green, blue digit of their label, and all three: int64 (4,).
+def count_right(digits: Tensor, modes: Tensor) -> Tensor:
+    """How many images have the red, green, blue digit of the mode they should be, and all three: int64 (4,).
 
-    ``digits``, int64 (B, 3), are what was read; ``labels``, int64 (B,), are 100 r + 10 g + b.
+    ``digits``, int64 (B, 3), are what was read; ``modes``, int64 (B,), are 100 r + 10 g + b.
     """
-    right = digits == labels[:, None] // PLACES % 10
+    right = digits == modes[:, None] // PLACES % 10
     return torch.cat([right, right.all(dim=1, keepdim=True)], dim=1).sum(dim=0)
 
 

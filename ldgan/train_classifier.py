@@ -28,9 +28,9 @@ from ldgan.engine.session import RunConfig, Session, make_accelerator
 
 EXAMPLES = """
 for a diffusion GAN with T = 4:
-  accelerate launch ldgan/train_classifier.py --latent --config configs/ldgan/stacked_mnist_classifier.yaml
+  accelerate launch ldgan/train_classifier.py --latent --config configs/ldgan/mnist_classifier.yaml
 for a DDPM with its usual 1,000 steps:
-  accelerate launch ldgan/train_classifier.py --latent --config configs/ldgan/stacked_mnist_classifier.yaml \\
+  accelerate launch ldgan/train_classifier.py --latent --config configs/ldgan/mnist_classifier.yaml \\
       num_timesteps=1000 schedule=linear run.dir=runs/classifier_ddpm
 and then:
   python ldgan/sample.py --checkpoint runs/gan --classifier runs/classifier --labels 7 --num-images 64 --out samples/7

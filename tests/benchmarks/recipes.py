@@ -67,7 +67,7 @@ def main() -> None:
         config = load_config(TrainConfig, CONFIGS / "ldgan" / f"{name}.yaml", [f"run.batch_size={flags.batch_size}"])
         work: Work = {}
         for memory_format in FORMATS:
-            work |= pieces(accelerator, config, RECIPES[name], memory_format, compiled=flags.compile)
+            work |= pieces(accelerator, config, RECIPES[name], memory_format)
         seconds = alternating_medians(work, flags.repeats)
         table = Table(title=f"{name}: {costs(config, RECIPES[name])}\n{machine}, batches of {flags.batch_size}")
         for column in ("what", "seconds", "seconds per image", "images/s"):
@@ -78,9 +78,7 @@ def main() -> None:
         Console(width=120).print(table)
 
 
-def pieces(
-    accelerator: Accelerator, config: TrainConfig, recipe: Recipe, memory_format: str, *, compiled: bool
-) -> Work:
+def pieces(accelerator: Accelerator, config: TrainConfig, recipe: Recipe, memory_format: str) -> Work:
     """The work of one recipe in one memory format, by name."""
     device, batch_size = accelerator.device, config.run.batch_size
     players, trainer = diffusion_gan(accelerator, config, recipe.data_shape)
@@ -102,12 +100,6 @@ def pieces(
     if light is not None:
         latents = torch.randn(shape, device=device)
         work["light decoder"] = lambda: model.decode(latents)
-    if compiled:
-        call = torch.compile(model.network)
-        inputs = torch.randn(shape, device=device), torch.randn(batch_size, model.network.z_dim, device=device)
-        t = torch.ones(batch_size, dtype=torch.int64, device=device)
-        work["one call of the generator"] = without_gradient(lambda: model.network(*inputs, t))
-        work["one call of the compiled generator"] = without_gradient(lambda: call(*inputs, t))
 
     def in_precision(run: Callable[[], object]) -> Callable[[], object]:
         def wrapped() -> object:
@@ -121,11 +113,6 @@ def pieces(
         f"{what}, {memory_format}": run if what.startswith("training") else in_precision(run)
         for what, run in work.items()
     }
-
-
-def without_gradient(run: Callable[[], object]) -> Callable[[], object]:
-    """The same work, with nothing kept for a backward pass."""
-    return torch.no_grad()(run)
 
 
 def build_light_decoder(recipe: Recipe) -> LightDecoder:
@@ -158,7 +145,6 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=cli.positive, default=8, help="images per step and call (default: 8)")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed turns of each (default: 5)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks (default: fp32)")
-    parser.add_argument("--compile", action="store_true", help="also time one call, plain and by torch.compile")
     parser.add_argument("--threads", type=cli.positive, default=os.cpu_count(), help="CPU threads (default: all cores)")
     return parser.parse_args()
 

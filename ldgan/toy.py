@@ -1,0 +1,417 @@
+"""Toy data that show the idea of denoising diffusion GANs on a CPU, in two minutes each.
+
+one-d: the true q(x_{t-1} | x_t) of a 1-D mixture, in closed form, turns multimodal as steps grow. Beside it, the
+best that a Gaussian can do, as in DDPM, and what a generator with a random z learns against a discriminator.
+grid25: 25 Gaussians on a grid. Modes covered and share of high-quality samples, for several T and without z.
+
+Trainer, losses, process and sampler are those of images; only the two networks are small perceptrons.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
+    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ldgan.blocks import initialise
+from ldgan.data import DataSource
+from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.discriminator import Discriminator
+from ldgan.engine import cli
+from ldgan.engine.ema import EMA
+from ldgan.engine.files import new_folder, write_atomically
+from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
+from ldgan.engine.progress import progress_bar
+from ldgan.engine.seeding import generator as random_generator
+from ldgan.engine.session import make_accelerator
+from ldgan.loading import TrainedModel
+from ldgan.mixtures import GaussianMixture, GridQuality, grid_quality, histogram_masses, total_variation
+from ldgan.networks import UNet
+from ldgan.toy_plots import DenoisingPanel, GridPanel, denoising_plot, grid_plot
+from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
+
+TINY_STEPS, LARGE_STEPS = 1000, (8, 4, 2, 1)  # T of DDPM, and of ldgan/train.py
+
+# About mean 0 and variance 1, so that x_T ~ N(0, 1) fits.
+TWO_MODES = GaussianMixture(
+    weights=torch.tensor([0.4, 0.6]), means=torch.tensor([[-1.2], [0.8]]), stds=torch.full((2,), 0.15)
+)
+
+# The grid of Azadi et al., Discriminator Rejection Sampling (arXiv 1810.06758).
+GRID_25 = GaussianMixture(
+    weights=torch.full((25,), 1 / 25),
+    means=torch.cartesian_prod(torch.arange(-2.0, 3.0), torch.arange(-2.0, 3.0)),
+    stds=torch.full((25,), 0.05),
+)
+
+SHOWN_X_T, NUM_DRAWN = -0.1, 32  # the x_t of the plot, and how many are drawn from q(x_t)
+EDGES = torch.linspace(-3.0, 3.0, 101, dtype=torch.float64)  # of the histograms of x_{t-1}
+MAX_POINTS_SHOWN = 3000
+
+EXAMPLES = """
+examples:
+  python ldgan/toy.py one-d --out runs/toy/one_d
+  python ldgan/toy.py grid25 --out runs/toy/grid25
+  python ldgan/toy.py grid25 --num-steps 20000 --out runs/toy/grid25_long
+
+Each writes results.json and a plot, PNG, into the new folder, and prints the results as a table.
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the players of a toy are trained; steps and seed can be set on the command line."""
+
+    num_steps: int
+    seed: int = 0
+    # Less noise at the end than the paper's 20, so that all steps share the work: with 20, x_0 is decided in the last.
+    beta_max: float = 7.0
+    batch_size: int = 512
+    z_dim: int = 4
+    width: int = 128
+    num_layers: int = 3
+    num_octaves: int = 4  # of sines and cosines of the coordinates, from wavelength 2 pi down
+    lr: float = 2e-3
+    r1_gamma: float = 0.02
+    ema_halflife: int = 20_000  # samples
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Settings of both players' optimizers."""
+        return OptimizerConfig(lr=self.lr, beta1=0.5, beta2=0.9)
+
+    def diffusion(self, num_timesteps: int) -> Diffusion:
+        """The process of T steps."""
+        return Diffusion(vp_betas(num_timesteps, beta_max=self.beta_max))
+
+
+ONE_D_RECIPE = Recipe(num_steps=1500)
+GRID_25_RECIPE = Recipe(num_steps=2500)
+
+
+class TimedPerceptron(nn.Module):
+    """Fully connected layers whose first is shifted by a vector for each t in 0..num_steps."""
+
+    def __init__(self, in_features: int, out_features: int, *, num_steps: int, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(in_features, width)
+        self.time = nn.Embedding(num_steps + 1, width)
+        self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers - 1))
+        self.last = nn.Linear(width, out_features)
+        initialise(self)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Features (B, in) and steps, int64 (B,) -> (B, out)."""
+        h = F.leaky_relu(self.first(x) + self.time(t), 0.2)
+        for layer in self.hidden:
+            h = F.leaky_relu(layer(h), 0.2)
+        return self.last(h)
+
+
+class PointGenerator(nn.Module):
+    """G(x_t, z, t) -> estimate of x_0, for points (B, d, 1, 1); called like `ldgan.networks.UNet`."""
+
+    num_classes = 0
+
+    def __init__(self, *, channels: int, z_dim: int, num_octaves: int, **sizes: int) -> None:
+        super().__init__()
+        self.z_dim, self.num_octaves = z_dim, num_octaves
+        self.perceptron = TimedPerceptron(channels * (1 + 2 * num_octaves) + z_dim, channels, **sizes)
+
+    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``z`` (B, z_dim) ~ N(0, I), None where z_dim is 0; ``t`` int64 (B,); there are no labels."""
+        x = with_waves(x_t.flatten(1), self.num_octaves)
+        return self.perceptron(x if z is None else torch.cat([x, z], dim=1), t).view_as(x_t)
+
+
+class PointDiscriminator(nn.Module):
+    """D(x_{t-1}, x_t, t) -> logit (B,), for points (B, d, 1, 1); called like `ldgan.discriminator.Discriminator`."""
+
+    def __init__(self, *, channels: int, num_octaves: int, **sizes: int) -> None:
+        super().__init__()
+        self.num_octaves = num_octaves
+        self.perceptron = TimedPerceptron(2 * channels * (1 + 2 * num_octaves), 1, **sizes)
+
+    def forward(self, x_previous: Tensor, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``t`` int64 (B,); there are no labels."""
+        pair = torch.cat([x_previous, x_t], dim=1).flatten(1)
+        return self.perceptron(with_waves(pair, self.num_octaves), t).squeeze(1)
+
+
+def with_waves(x: Tensor, num_octaves: int) -> Tensor:
+    """Append sines and cosines of 1, 2, 4, ... times the coordinates: (B, n) -> (B, n (1 + 2 num_octaves)).
+
+    A perceptron alone is slow to learn functions as fine as the modes (Tancik et al., arXiv 2006.10739).
+    """
+    angles = torch.cat([2**octave * x for octave in range(num_octaves)], dim=1)
+    return torch.cat([x, angles.sin(), angles.cos()], dim=1)
+
+
+@dataclass
+class MixtureSource:
+    """New points of a mixture at every step, in place of a `ldgan.data.DataSource`."""
+
+    mixture: GaussianMixture
+    batch_size: int
+
+    def x_0(self, batch: dict[str, Tensor], random: torch.Generator) -> Tensor:
+        """Points (B, d, 1, 1): images of a single pixel, so that all that works on images works on them."""
+        return self.mixture.sample(self.batch_size, random)[:, :, None, None]
+
+
+def train(mixture: GaussianMixture, num_timesteps: int, recipe: Recipe, name: str) -> TrainedModel:
+    """Play the game of generator and discriminator on a mixture; the model holds the averaged generator."""
+    set_seed(recipe.seed)
+    channels = mixture.means.shape[1]
+    diffusion = recipe.diffusion(num_timesteps)
+    players = build_players(channels, num_timesteps, recipe)
+    trainer = DiffusionGANTrainer(
+        make_accelerator("fp32", num_threads=1),
+        diffusion,
+        players,
+        objective="denoising",
+        predicts="x_0",
+        label_dropout=0.0,
+        loss=LossConfig(r1_gamma=recipe.r1_gamma, r1_every_steps=1),
+        phases=PhasesConfig(),
+        timestep_weights=[1.0] * num_timesteps,
+        num_micro_batches=1,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+    )
+    source = cast("DataSource", MixtureSource(mixture, recipe.batch_size))
+    with progress_bar(name, recipe.num_steps, "steps") as bar:
+        for step in range(1, recipe.num_steps + 1):
+            for optimizer in (players.generator_optimizer, players.discriminator_optimizer):
+                set_learning_rate(optimizer, learning_rate(recipe.optimizer, step, recipe.num_steps))
+            trainer.step(step, source, itertools.repeat({}), progress=step / recipe.num_steps)
+            bar.advance()
+    return TrainedModel(players.ema.model, diffusion, None, (channels, 1, 1), resolution=1)
+
+
+def build_players(channels: int, num_timesteps: int, recipe: Recipe) -> Players:
+    """Fresh perceptrons for points of ``channels`` dimensions, and their optimizers."""
+    sizes = {"num_steps": num_timesteps, "width": recipe.width, "num_layers": recipe.num_layers}
+    generator = PointGenerator(channels=channels, z_dim=recipe.z_dim, num_octaves=recipe.num_octaves, **sizes)
+    discriminator = PointDiscriminator(channels=channels, num_octaves=recipe.num_octaves, **sizes)
+    return Players(
+        cast("UNet", generator),
+        cast("Discriminator", discriminator),
+        adamw(generator.parameters(), recipe.optimizer),
+        adamw(discriminator.parameters(), recipe.optimizer),
+        EMA(cast("UNet", generator), recipe.ema_halflife, rampup_ratio=0.05),
+    )
+
+
+class Denoising(NamedTuple):
+    """q(x_{t-1} | x_t) at one x_t and what stands for it, as shares of the bins between ``EDGES``."""
+
+    x_t: float
+    true: Tensor
+    gaussian: Tensor
+    redrawn: Tensor  # a histogram of true samples: as near as one of the generator's can be expected to come
+    generator: Tensor | None
+
+    def distances(self) -> dict[str, float]:
+        """Total variation distances from the truth."""
+        fits = {"gaussian": self.gaussian, "redrawn": self.redrawn, "generator": self.generator}
+        return {name: total_variation(self.true, fit) for name, fit in fits.items() if fit is not None}
+
+
+@dataclass(frozen=True)
+class StepFit:
+    """The denoising step to t - 1 of a process of T steps: at the x_t that is shown, and at x_t ~ q(x_t)."""
+
+    num_timesteps: int
+    t: int
+    alpha_bar: float
+    alpha_bar_previous: float
+    shown: Denoising
+    others: list[Denoising]
+
+    def results(self) -> dict[str, Any]:
+        """What of it is a number, for a JSON file; the mean is the one over x_t ~ q(x_t)."""
+        drawn = [denoising.distances() for denoising in self.others]
+        return {
+            "num_timesteps": self.num_timesteps,
+            "t": self.t,
+            "alpha_bar": self.alpha_bar,
+            "alpha_bar_previous": self.alpha_bar_previous,
+            "x_t": self.shown.x_t,
+            "total_variation": self.shown.distances(),
+            "mean_total_variation": {name: sum(row[name] for row in drawn) / len(drawn) for name in drawn[0]},
+        }
+
+
+def one_d(recipe: Recipe, num_samples: int, folder: Path) -> Table:
+    """Compare q(x_{t-1} | x_t) with a Gaussian and with trained generators, for steps of growing size."""
+    fits = [fit_step(recipe.diffusion(TINY_STEPS), None, num_samples, recipe.seed)]  # what a Gaussian is right for
+    for num_timesteps in LARGE_STEPS:
+        model = train(TWO_MODES, num_timesteps, recipe, f"T = {num_timesteps}")
+        fits.append(fit_step(model.diffusion, model, num_samples, recipe.seed))
+    results = [fit.results() for fit in fits]
+    write_results(folder, recipe, results)
+    write_atomically(folder / "one_d.png", denoising_plot([panel(fit) for fit in fits]))
+    return one_d_table(results)
+
+
+@torch.no_grad()
+def fit_step(diffusion: Diffusion, model: TrainedModel | None, num_samples: int, seed: int) -> StepFit:
+    """Take the step that starts half way, where abar is the same for every even T; T = 1 has but one."""
+    t = max(1, diffusion.num_steps // 2)
+    random = random_generator("cpu", seed, "fit", diffusion.num_steps)
+
+    def denoising(x_t: float) -> Denoising:
+        true = TWO_MODES.denoising(diffusion, torch.tensor([x_t]), t)
+        generated = None if model is None else generated_steps(model, x_t, t, num_samples, random)
+        return Denoising(
+            x_t,
+            true.bin_masses(EDGES),
+            true.matched_gaussian().bin_masses(EDGES),
+            histogram_masses(true.sample(num_samples, random)[:, 0], EDGES),
+            None if generated is None else histogram_masses(generated, EDGES),
+        )
+
+    drawn = TWO_MODES.diffused(diffusion, t).sample(NUM_DRAWN, random)[:, 0]
+    bars = diffusion.alphas_bar[t].item(), diffusion.alphas_bar[t - 1].item()
+    return StepFit(diffusion.num_steps, t, *bars, denoising(SHOWN_X_T), [denoising(x) for x in drawn.tolist()])
+
+
+def generated_steps(model: TrainedModel, x_t: float, t: int, num_samples: int, random: torch.Generator) -> Tensor:
+    """x_{t-1}, (N,), that a model makes of one x_t with as many z."""
+
+    def noise(shape: Sequence[int]) -> Tensor:
+        return torch.randn(num_samples, *shape, generator=random)
+
+    x = torch.full((num_samples, 1, 1, 1), x_t)
+    denoised = model.denoiser(model.diffusion, noise)(x, torch.full((num_samples,), t))
+    return denoised.sample(noise(model.data_shape)).flatten()
+
+
+def panel(fit: StepFit) -> DenoisingPanel:
+    """What the plot shows of a fit: densities."""
+    widths = EDGES.diff()
+    true, gaussian, generator = fit.shown.true, fit.shown.gaussian, fit.shown.generator
+    title = f"T = {fit.num_timesteps:,}: $x_{{{fit.t}}}$ to $x_{{{fit.t - 1}}}$"
+    return DenoisingPanel(
+        title,
+        EDGES.numpy(),
+        (true / widths).numpy(),
+        (gaussian / widths).numpy(),
+        None if generator is None else (generator / widths).numpy(),
+    )
+
+
+def one_d_table(results: Sequence[dict[str, Any]]) -> Table:
+    """One line for each number of steps."""
+    table = Table(title="Total variation distance from the true q(x_{t-1} | x_t), 0 to 1", title_justify="left")
+    for heading in ("T", "abar_t", "abar_(t-1)", "Gaussian", "generator", "mean Gaussian", "mean generator", "floor"):
+        table.add_column(heading, justify="right")
+    for row in results:
+        shown, mean = row["total_variation"], row["mean_total_variation"]
+        numbers = [row["alpha_bar"], row["alpha_bar_previous"], shown["gaussian"], shown.get("generator")]
+        numbers += [mean["gaussian"], mean.get("generator"), mean["redrawn"]]
+        table.add_row(f"{row['num_timesteps']:,}", *("" if number is None else f"{number:.3f}" for number in numbers))
+    return table
+
+
+def grid25(recipe: Recipe, num_samples: int, folder: Path) -> Table:
+    """Train for several T, and once without z; count modes and judge samples."""
+    points = {"real data": GRID_25.sample(num_samples, random_generator("cpu", recipe.seed, "real"))}
+    for name, num_timesteps, z_dim in (
+        *((f"T = {num_timesteps}", num_timesteps, recipe.z_dim) for num_timesteps in reversed(LARGE_STEPS)),
+        ("T = 4, no z", 4, 0),
+    ):
+        model = train(GRID_25, num_timesteps, replace(recipe, z_dim=z_dim), name)
+        points[name] = model.sample(range(num_samples)).flatten(1)
+    qualities = {name: grid_quality(samples, GRID_25) for name, samples in points.items()}
+    write_results(folder, recipe, [{"name": name, **asdict(quality)} for name, quality in qualities.items()])
+    panels = [
+        GridPanel(name, describe(qualities[name]), samples[:MAX_POINTS_SHOWN].numpy())
+        for name, samples in points.items()
+    ]
+    write_atomically(folder / "grid25.png", grid_plot(panels, GRID_25.means.numpy()))
+    return grid25_table(qualities)
+
+
+def describe(quality: GridQuality) -> str:
+    """A quality in a line, for the plot."""
+    return f"{quality.num_covered} modes, {quality.high_quality:.1%} within 3 std, KL {quality.kl:.3f}"
+
+
+def grid25_table(qualities: Mapping[str, GridQuality]) -> Table:
+    """One line for each model."""
+    table = Table(title="25 Gaussians", title_justify="left")
+    for heading in ("", "modes of 25", "within 3 std", "KL to uniform", "KL floor"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, quality in qualities.items():
+        numbers = f"{quality.high_quality:.1%}", f"{quality.kl:.4f}", f"{quality.kl_floor:.4f}"
+        table.add_row(name, str(quality.num_covered), *numbers)
+    return table
+
+
+def write_results(folder: Path, recipe: Recipe, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write settings and numbers as JSON."""
+    content = {"recipe": asdict(recipe), "torch": torch.__version__, "results": results}
+    write_atomically(folder / "results.json", json.dumps(content, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run one of the toys."""
+    flags = parse_flags()
+    if flags.out.exists():
+        raise cli.UserError(f"{flags.out}: exists already; choose another --out")
+    started = time.monotonic()
+    recipe = replace(flags.recipe, num_steps=flags.num_steps or flags.recipe.num_steps, seed=flags.seed)
+    with new_folder(flags.out) as folder:
+        table = flags.toy(recipe, flags.num_samples, folder)
+    Console().print(table)
+    print(f"results.json and a plot in {flags.out} ({time.monotonic() - started:.0f} s)")
+
+
+def parse_flags() -> argparse.Namespace:
+    """Parse the command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    toys = parser.add_subparsers(required=True, metavar="TOY")
+    for name, toy, recipe, help in (
+        ("one-d", one_d, ONE_D_RECIPE, "the true denoising distribution of a 1-D mixture, and what fits it"),
+        ("grid25", grid25, GRID_25_RECIPE, "25 Gaussians: modes covered and sample quality for several T"),
+    ):
+        command = toys.add_parser(name, help=help, description=help)
+        command.set_defaults(toy=toy, recipe=recipe)
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for what is written")
+        command.add_argument(
+            "--num-steps",
+            type=cli.positive,
+            metavar="N",
+            help=f"training steps of each model (default: {recipe.num_steps:,})",
+        )
+        command.add_argument(
+            "--num-samples", type=cli.positive, default=10_000, metavar="N", help="samples judged (default: 10,000)"
+        )
+        command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of everything (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
