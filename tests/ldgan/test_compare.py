@@ -26,7 +26,7 @@ from ldgan import report as report_module
 from ldgan.compare import Bench, CompareConfig, Entry, Maker, Speed, timed_images
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import load_config, to_dict
+from ldgan.engine.config import to_dict
 from ldgan.engine.images import image_grid, load_png, to_uint8
 from ldgan.engine.seeding import noise_from_seeds
 from ldgan.judging import REAL_IMAGES_SEED, judge_images, real_images
@@ -319,8 +319,3 @@ def test_a_folder_of_something_else_is_left_alone(folder, run_compare) -> None:
     with pytest.raises(UserError, match="report: exists already and holds no comparison"):
         run_compare(PRIOR_ROW)
     assert [path.name for path in (folder / "report").iterdir()] == ["thesis.md"]
-
-
-def test_the_config_of_the_repository_loads() -> None:
-    config = load_config(CompareConfig, Path(__file__).parents[2] / "configs/compare/stacked_mnist.yaml", [])
-    assert len(config.row_configs()) == len(config.rows) == 10

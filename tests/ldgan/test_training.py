@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,56 @@ def test_the_generators_step_moves_the_generator_and_its_average_alone() -> None
     torch.testing.assert_close(game.discriminator.state_dict(), before, rtol=0, atol=0)
     for parameter, sentinel in zip(game.discriminator.parameters(), sentinels):
         assert torch.equal(parameter.grad, sentinel)
+
+
+def test_a_step_of_both_players_equals_the_equations_in_float64() -> None:
+    """Schedule, forward process, posterior, losses and R1 once more, from the papers' equations alone."""
+    game, x_0 = new_game(r1_every_steps=1, r1_gamma=0.6, l1_weight=0.5), data()
+    generator, discriminator = copy.deepcopy(game.generator), copy.deepcopy(game.discriminator)
+    starts = weights(game.discriminator), weights(game.generator)
+    game.trainer.discriminator_step(1, [Batch(x_0, None)])
+    moved_discriminator = copy.deepcopy(game.discriminator)
+    game.trainer.generator_step(1, [Batch(x_0, None)], l1_weight=0.5, adversarial=True)
+
+    def variance(t: int) -> float:
+        s = 1e-3 + (1 - 1e-3) * t / 4
+        return 1 - math.exp(-(s**2) * (20 - 0.1) / 2 - s * 0.1)
+
+    beta = [0.0, *(1 - (1 - variance(t)) / (1 - variance(t - 1)) for t in range(1, 5))]
+    bar = [math.prod(1 - b for b in beta[: t + 1]) for t in range(5)]
+
+    def play(player: str) -> tuple[Tensor, ...]:
+        """t, x_0, x_{t-1}, x_t, and a fake x_{t-1} with the estimate behind it, of the player's own noise."""
+        random = random_generator("cpu", SEED, player, 1, 0)
+        t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
+        noises = [torch.randn(x_0.shape, generator=random).double() for _ in range(2)]
+        z, last = torch.randn(BATCH_SIZE, 3, generator=random).double(), torch.randn(x_0.shape, generator=random)
+        b, a_bar, previous = (torch.tensor([f(n) for n in t.tolist()], dtype=torch.float64).reshape(-1, 1, 1, 1)
+                              for f in (beta.__getitem__, bar.__getitem__, lambda n: bar[n - 1]))  # fmt: skip
+        x_previous = previous.sqrt() * x_0 + (1 - previous).sqrt() * noises[0]
+        x_t = (1 - b).sqrt() * x_previous + b.sqrt() * noises[1]
+        estimate = generator(x_t.float(), z.float(), t).double()
+        mean = previous.sqrt() * b / (1 - a_bar) * estimate + (1 - b).sqrt() * (1 - previous) / (1 - a_bar) * x_t
+        return t, x_previous, x_t, mean + ((1 - previous) / (1 - a_bar) * b).sqrt() * last.double(), estimate
+
+    t, real, x_t, fake, _ = play("discriminator")
+    real.requires_grad_()
+
+    def judge(network: Discriminator, x_previous: Tensor) -> Tensor:
+        return network(x_previous.float(), x_t.float(), t).double()
+
+    real_logits, fake_logits = judge(discriminator, real), judge(discriminator, fake.detach())
+    (slope,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    loss = (1 + (-real_logits).exp()).log().mean() + (1 + fake_logits.exp()).log().mean()
+    loss = loss + 0.6 / 2 * slope.square().sum(dim=(1, 2, 3)).mean()
+    expected = starts[0].double() - gradients(discriminator, loss)
+    torch.testing.assert_close(weights(game.discriminator).double(), expected, rtol=0, atol=2e-6)
+
+    t, _, x_t, fake, estimate = play("generator")
+    adversarial = (1 + (-judge(moved_discriminator, fake)).exp()).log().mean()
+    loss = adversarial + 0.5 * (estimate - x_0).abs().mean()
+    expected = starts[1].double() - gradients(generator, loss)
+    torch.testing.assert_close(weights(game.generator).double(), expected, rtol=0, atol=2e-6)
 
 
 def test_the_discriminator_trains_again_after_a_step_of_the_generator() -> None:
