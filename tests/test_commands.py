@@ -193,9 +193,12 @@ def test_a_run_logs_every_step_with_finite_losses(folder, stage):
     if stage == "autoencoder":
         assert names == [{"loss", "reconstruction", "kl"}] * 4
         assert all(math.isclose(r["loss"], r["reconstruction"] + 1e-3 * r["kl"], rel_tol=1e-6) for r in rows)
-    else:
+    elif stage == "gan":
         plain = {"discriminator", "generator", "l1"}
         assert names == [plain, plain | {"r1"}] * 2
+    else:
+        accuracies = {f"accuracy_{quarter}" for quarter in range(1, 5)}
+        assert names == [{"simple", "vlb"} if stage == "ddpm" else {"loss"} | accuracies] * 4
 
 
 @pytest.mark.parametrize(("stage", "schema"), SCHEMAS.items())
