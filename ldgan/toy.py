@@ -67,7 +67,7 @@ GRID_25 = GaussianMixture(
 
 SHOWN_X_T, NUM_DRAWN = 0.2, 32  # the x_t of the plot, and how many are drawn from q(x_t)
 EDGES = torch.linspace(-3.0, 3.0, 101, dtype=torch.float64)  # of the histograms of x_{t-1}
-MAX_POINTS_SHOWN = 3000
+MAX_POINTS_SHOWN = 2000
 
 EXAMPLES = """
 examples:
@@ -262,6 +262,7 @@ class Denoising(NamedTuple):
 class StepFit:
     """The denoising step to t - 1 of a process of T steps: at the x_t that is shown, and at x_t ~ q(x_t)."""
 
+    name: str
     num_timesteps: int
     t: int
     alpha_bar: float
@@ -273,6 +274,7 @@ class StepFit:
         """What of it is a number, for a JSON file; the mean is the one over x_t ~ q(x_t)."""
         drawn = [denoising.distances() for denoising in self.others]
         return {
+            "name": self.name,
             "num_timesteps": self.num_timesteps,
             "t": self.t,
             "alpha_bar": self.alpha_bar,
@@ -285,10 +287,14 @@ class StepFit:
 
 def one_d(recipe: Recipe, num_samples: int, folder: Path) -> Table:
     """Compare q(x_{t-1} | x_t) with a Gaussian and with trained generators, for steps of growing size."""
-    fits = [fit_step(recipe.diffusion(TINY_STEPS), None, num_samples, recipe.seed)]  # what a Gaussian is right for
-    for num_timesteps in LARGE_STEPS:
-        model = train(THREE_MODES, num_timesteps, recipe, f"T = {num_timesteps}")
-        fits.append(fit_step(model.diffusion, model, num_samples, recipe.seed))
+    # What a Gaussian is right for comes first, without a generator.
+    fits = [fit_step(f"T = {TINY_STEPS:,}", recipe.diffusion(TINY_STEPS), None, num_samples, recipe.seed)]
+    for name, num_timesteps, z_dim in (
+        *((f"T = {num_timesteps}", num_timesteps, recipe.z_dim) for num_timesteps in LARGE_STEPS),
+        ("T = 2, no z", 2, 0),
+    ):
+        model = train(THREE_MODES, num_timesteps, replace(recipe, z_dim=z_dim), name)
+        fits.append(fit_step(name, model.diffusion, model, num_samples, recipe.seed))
     results = [fit.results() for fit in fits]
     write_results(folder, recipe, results)
     write_atomically(folder / "one_d.png", denoising_plot([panel(fit) for fit in fits]))
@@ -296,7 +302,7 @@ def one_d(recipe: Recipe, num_samples: int, folder: Path) -> Table:
 
 
 @torch.no_grad()
-def fit_step(diffusion: Diffusion, model: TrainedModel | None, num_samples: int, seed: int) -> StepFit:
+def fit_step(name: str, diffusion: Diffusion, model: TrainedModel | None, num_samples: int, seed: int) -> StepFit:
     """Take the step that starts half way, where abar is the same for every even T; T = 1 has but one."""
     t = max(1, diffusion.num_steps // 2)
     random = random_generator("cpu", seed, "fit", diffusion.num_steps)
@@ -314,7 +320,8 @@ def fit_step(diffusion: Diffusion, model: TrainedModel | None, num_samples: int,
 
     drawn = THREE_MODES.diffused(diffusion, t).sample(NUM_DRAWN, random)[:, 0]
     bars = diffusion.alphas_bar[t].item(), diffusion.alphas_bar[t - 1].item()
-    return StepFit(diffusion.num_steps, t, *bars, denoising(SHOWN_X_T), [denoising(x) for x in drawn.tolist()])
+    others = [denoising(x_t) for x_t in drawn.tolist()]
+    return StepFit(name, diffusion.num_steps, t, *bars, denoising(SHOWN_X_T), others)
 
 
 def generated_steps(model: TrainedModel, x_t: float, t: int, num_samples: int, random: torch.Generator) -> Tensor:
@@ -332,7 +339,7 @@ def panel(fit: StepFit) -> DenoisingPanel:
     """What the plot shows of a fit: densities."""
     widths = EDGES.diff()
     true, gaussian, generator = fit.shown.true, fit.shown.gaussian, fit.shown.generator
-    title = f"T = {fit.num_timesteps:,}: $x_{{{fit.t}}}$ to $x_{{{fit.t - 1}}}$"
+    title = f"{fit.name}: $x_{{{fit.t}}}$ to $x_{{{fit.t - 1}}}$"
     return DenoisingPanel(
         title,
         EDGES.numpy(),
@@ -345,13 +352,13 @@ def panel(fit: StepFit) -> DenoisingPanel:
 def one_d_table(results: Sequence[dict[str, Any]]) -> Table:
     """One line for each number of steps; the distances are the means over x_t."""
     table = Table(title="Total variation distance from q(x_{t-1} | x_t), mean over x_t", title_justify="left")
-    for heading in ("T", "t", "abar_t", "abar_(t-1)", "Gaussian", "generator", "floor"):
-        table.add_column(heading, justify="right")
+    for heading in ("", "t", "abar_t", "abar_(t-1)", "Gaussian", "generator", "floor"):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in results:
         mean = row["mean_total_variation"]
         numbers = row["alpha_bar"], row["alpha_bar_previous"], mean["gaussian"], mean.get("generator"), mean["redrawn"]
         cells = ("" if number is None else f"{number:.3f}" for number in numbers)
-        table.add_row(f"{row['num_timesteps']:,}", str(row["t"]), *cells)
+        table.add_row(row["name"], str(row["t"]), *cells)
     return table
 
 

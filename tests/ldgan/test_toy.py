@@ -144,9 +144,10 @@ def test_one_d_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     out = tmp_path / "one_d"
     run(monkeypatch, "one-d", "--out", out, "--num-steps", 2, "--num-samples", 5000)
     rows = json.loads((out / "results.json").read_text())["results"]
-    assert [row["num_timesteps"] for row in rows] == [1000, 8, 4, 2, 1]
+    assert [row["name"] for row in rows] == ["T = 1,000", "T = 8", "T = 4", "T = 2", "T = 1", "T = 2, no z"]
+    assert [row["num_timesteps"] for row in rows] == [1000, 8, 4, 2, 1, 2]
     # Even T start from the same noise level, and the Gaussian's error grows with the size of the step.
-    assert [row["alpha_bar"] for row in rows[:-1]] == pytest.approx([rows[0]["alpha_bar"]] * 4)
+    assert [row["alpha_bar"] for row in rows[:4]] == pytest.approx([rows[0]["alpha_bar"]] * 4)
     errors = [row["mean_total_variation"]["gaussian"] for row in rows]
     assert errors[:4] == sorted(errors[:4])
     assert errors[0] < 0.01
@@ -155,6 +156,7 @@ def test_one_d_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for row in rows[1:]:
         distances = row["mean_total_variation"]
         assert distances["redrawn"] < distances["generator"] <= 1
+    assert rows[-1]["mean_total_variation"]["generator"] > 0.8  # without z, x_0 given x_1 is a point
     assert load_png(out / "one_d.png").float().std() > 10  # something is drawn
 
 
