@@ -1,4 +1,4 @@
-"""Toy data that show the idea of denoising diffusion GANs on a CPU, in two minutes each.
+"""Toy data that show the idea of denoising diffusion GANs on a CPU, in minutes.
 
 one-d: the true q(x_{t-1} | x_t) of a 1-D mixture, in closed form, turns multimodal as steps grow. Beside it, the
 best that a Gaussian can do, as in DDPM, and what a generator with a random z learns against a discriminator.
