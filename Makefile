@@ -1,5 +1,5 @@
 # make quickstart   train a latent denoising diffusion GAN on StackedMNIST, sample from it, measure it
-# make compare      train small diffusion GANs and their baselines on the quickstart's latents, compare them (3 hours)
+# make compare      train small diffusion GANs and their baselines on the quickstart's latents, compare them (2 hours)
 # make test         formatting, lint, types, tests
 # Each makes .venv and installs what it needs first. PYTHON=python3.12 make ... chooses the interpreter.
 
