@@ -112,6 +112,9 @@ class Diffusion:
         self.posterior_coefficient_x_0 = previous_bar.sqrt() * self.betas / noise_bar
         self.posterior_coefficient_x_t = self.alphas.sqrt() * (1.0 - previous_bar) / noise_bar
         self.posterior_variance = (1.0 - previous_bar) / noise_bar * self.betas  # zero at t = 1
+        # The same, but for t = 1 that of t = 2: the lower bound of a learned variance, which must be positive.
+        self.least_variance = self.posterior_variance.clone()
+        self.least_variance[1] = self.posterior_variance[2] if self.num_steps > 1 else self.betas[1]
 
     def forward_step(self, x_previous: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_{t-1}) from x_{t-1}."""
@@ -164,10 +167,8 @@ class Diffusion:
         As in their code the network's output runs from -1 to 1 where the paper's v runs from 0 to 1, and the
         posterior variance of t = 1, which is zero, is that of t = 2.
         """
-        lower = self.posterior_variance.clone()
-        lower[1] = lower[min(2, self.num_steps)] if self.num_steps > 1 else self.betas[1]
         v = (interpolation + 1) / 2
-        log_upper, log_lower = (at(table.log(), t, interpolation) for table in (self.betas, lower))
+        log_upper, log_lower = (at(table.log(), t, interpolation) for table in (self.betas, self.least_variance))
         return torch.exp(0.5 * (v * log_upper + (1 - v) * log_lower))
 
     def respaced(self, num_steps: int) -> Diffusion:

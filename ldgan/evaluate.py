@@ -12,11 +12,10 @@ if __name__ == "__main__":
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -30,11 +29,10 @@ from ldgan.engine.checkpoint import read_description
 from ldgan.engine.run import append_evaluation, resolve_checkpoint, run_of
 from ldgan.engine.session import add_precision_flag, describe_machine, make_accelerator
 from ldgan.engine.shares import share
-from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, job_of
-from ldgan.judging import PLACES, count_modes, judge_images, load_judge, real_images
+from ldgan.generation import Job, add_sampler_flags, class_names_of, generate_images, job_of
+from ldgan.judging import PLACES, count_modes, coverage_of_counts, judge_images, load_judge, real_images
 from ldgan.loading import AUTOENCODER_FOLDER
 from ldgan.metrics.digits import TrainedClassifier
-from ldgan.metrics.modes import mode_coverage
 
 METRICS = ("modes", "labels")
 # By how much a label is multiplied to give the mode 100 r + 10 g + b: a grey digit is three equal ones.
@@ -101,18 +99,18 @@ def judge_samples(
     """Results of the metrics, over all processes."""
     modes = torch.zeros(NUM_STACKED_MNIST_CLASSES, dtype=torch.int64)
     right = torch.zeros(4, dtype=torch.int64)  # images whose red, green, blue digit, and all three are as wanted
-    for numbers, images in generated_images(accelerator, job):
+    for numbers, images in generate_images(accelerator, job):
         judgement = judge_images(judge.model, images)
         modes += torch.bincount(judgement.modes, minlength=len(modes))
         if "labels" in metrics:
             wanted = torch.tensor(job.labels_of(numbers)) * MODES_OF_CLASSES[len(class_names_of(job.model))]
             right += count_right(judgement.digits, wanted)
-    modes, right = (accelerator.reduce(counts.to(accelerator.device), "sum").cpu() for counts in (modes, right))
     results: dict[str, Any] = {}
     if "modes" in metrics:
-        coverage = mode_coverage(np.repeat(np.arange(len(modes)), modes.numpy()), len(modes))
+        coverage = coverage_of_counts(accelerator, modes)
         results |= {"samples": asdict(coverage), "sampling_floor_kl": coverage.sampling_floor}
     if "labels" in metrics:
+        right = accelerator.reduce(right.to(accelerator.device), "sum").cpu()
         shares = (right.double() / job.num_images).tolist()
         results["label_accuracy"] = dict(zip(("red", "green", "blue", "all_three"), shares))
     return results
@@ -125,14 +123,6 @@ def count_right(digits: Tensor, modes: Tensor) -> Tensor:
     """
     right = digits == modes[:, None] // PLACES % 10
     return torch.cat([right, right.all(dim=1, keepdim=True)], dim=1).sum(dim=0)
-
-
-def generated_images(accelerator: Accelerator, job: Job) -> Iterator[tuple[range, Tensor]]:
-    """Yield this process's samples in batches: their numbers, and images, uint8 (B, 3, 32, 32)."""
-    for numbers, x_0 in generate(accelerator, job):
-        with accelerator.autocast():
-            images = job.model.decode(x_0)
-        yield numbers, images
 
 
 def describe_result(
@@ -280,7 +270,7 @@ def parse_flags() -> argparse.Namespace:
     add_sampler_flags(parser)
     flags = parser.parse_args()
     if "labels" in flags.metrics and flags.labels is None:
-        flags.labels = f"0-{NUM_STACKED_MNIST_CLASSES - 1}"  # all in turn
+        flags.labels = "all"  # in turn
     return flags
 
 

@@ -91,7 +91,8 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         "--labels",
         metavar="LIST",
         help="classes of the images, gone through again and again: numbers from 0, ranges or names of class folders,"
-        " as in 3,7,100-199 or cat,dog (default: drawn from the seeds, for a model that was trained with classes)",
+        " as in 3,7,100-199 or cat,dog, or the word all (default: drawn from the seeds, for a model that was trained"
+        " with classes)",
     )
     group.add_argument(
         "--guidance",
@@ -179,6 +180,8 @@ def labels_of(text: str | None, model: TrainedModel) -> list[int] | None:
         return None
     if not names:
         raise cli.UserError("--labels: the model was trained without classes; leave it out, or add --classifier RUN")
+    if text == "all" and "all" not in names:
+        return list(range(len(names)))
     return [label for item in text.split(",") for label in _labels_of_item(item.strip(), names)]
 
 
@@ -209,6 +212,14 @@ def generate(accelerator: Accelerator, job: Job) -> Iterator[tuple[range, Tensor
                 x_0 = job.sample(numbers)
             yield numbers, x_0
             bar.advance(len(numbers))
+
+
+def generate_images(accelerator: Accelerator, job: Job) -> Iterator[tuple[range, Tensor]]:
+    """The same, decoded: image numbers and images, uint8 (B, 3, H, W)."""
+    for numbers, x_0 in generate(accelerator, job):
+        with accelerator.autocast():
+            images = job.model.decode(x_0)
+        yield numbers, images
 
 
 def preview(

@@ -53,8 +53,14 @@ def count_modes(
     for batch in images:
         modes = stacked_digits_to_modes(batch, judge.model, device=accelerator.device)
         counts += torch.bincount(torch.from_numpy(modes), minlength=len(counts))
+    coverage = coverage_of_counts(accelerator, counts)
+    assert coverage.num_images == num_images
+    return coverage
+
+
+def coverage_of_counts(accelerator: Accelerator, counts: Tensor) -> ModeCoverage:
+    """Mode coverage of all processes' images together, of which this one counted ``counts``, int64 (K,), by mode."""
     counts = accelerator.reduce(counts.to(accelerator.device), "sum").cpu()
-    assert int(counts.sum()) == num_images
     return mode_coverage(np.repeat(np.arange(len(counts)), counts.numpy()), len(counts))
 
 

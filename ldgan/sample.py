@@ -26,7 +26,7 @@ from ldgan.engine import cli
 from ldgan.engine.files import BackgroundWrites, new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
 from ldgan.engine.session import add_precision_flag, make_accelerator
-from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, job_of
+from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, generate_images, job_of
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
 STEPS_FILE, MAX_STEPS_ROWS, MAX_STEPS_COLUMNS = "steps.png", 8, 10
@@ -76,9 +76,7 @@ def save_images(accelerator: Accelerator, job: Job, out: Path, *, steps_grid: bo
     with made_here as folder:
         accelerator.wait_for_everyone()  # until the folder is there
         with BackgroundWrites(max_pending=2 * job.batch_size) as writes:  # zlib works beside the networks
-            for numbers, x_0 in generate(accelerator, job):
-                with accelerator.autocast():
-                    images = job.model.decode(x_0)
+            for numbers, images in generate_images(accelerator, job):
                 for number, image in zip(numbers, images):
                     writes.submit(save_png, folder / image_name(number), image)
         accelerator.wait_for_everyone()  # until all images are there

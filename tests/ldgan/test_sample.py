@@ -110,7 +110,14 @@ def test_flags_become_a_sampler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "labels"),
-    [("2", [2]), ("3,0-2", [3, 0, 1, 2]), ("dog, 1,cat", [1, 1, 0]), ("1-1", [1]), ("emu,00", [3, 0])],
+    [
+        ("2", [2]),
+        ("3,0-2", [3, 0, 1, 2]),
+        ("dog, 1,cat", [1, 1, 0]),
+        ("1-1", [1]),
+        ("emu,00", [3, 0]),
+        ("all", [0, 1, 2, 3]),
+    ],
 )
 def test_labels_are_numbers_ranges_and_names(runs: Path, text: str, labels: list[int]) -> None:
     assert labels_of(text, open_model(runs / "classes", SamplerConfig())) == labels
