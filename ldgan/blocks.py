@@ -205,6 +205,19 @@ def residual_scale(rescale: bool) -> float:
     return math.sqrt(0.5) if rescale else 1.0
 
 
+def level_sides(resolution: int, channel_multipliers: Sequence[int]) -> list[int]:
+    """Sides of the feature maps of each level, of which every one but the first halves the size.
+
+    Raises:
+        ValueError: a side would not be a whole number of pixels.
+    """
+    if resolution % 2 ** (len(channel_multipliers) - 1):
+        raise ValueError(
+            f"resolution {resolution} cannot be halved for each of channel_multipliers {[*channel_multipliers]}"
+        )
+    return [resolution // 2**level for level in range(len(channel_multipliers))]
+
+
 class MappingNetwork(nn.Module):
     """z (B, z_dim), normalised to unit mean square, through fully connected layers -> style (B, style_dim)."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.blocks import num_groups
-from ldgan.blocks import BlockBuilder, Condition, TimeEmbedding, initialise
+from ldgan.blocks import BlockBuilder, Condition, TimeEmbedding, initialise, level_sides
 from ldgan.diffusion import Diffusion, build_diffusion
 from ldgan.engine.checkpoint import load_thing, read_description
 from ldgan.engine.cli import UserError
@@ -64,10 +64,7 @@ class Classifier(nn.Module):
             ValueError: a side of a level would not be a whole number of pixels.
         """
         super().__init__()
-        if resolution % 2 ** (len(channel_multipliers) - 1):
-            raise ValueError(
-                f"resolution {resolution} cannot be halved for each of channel_multipliers {[*channel_multipliers]}"
-            )
+        sides = level_sides(resolution, channel_multipliers)
         self.class_names = list(class_names)
         self.time_embedding = TimeEmbedding(base_channels, embedding_dim)
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
@@ -86,15 +83,14 @@ class Classifier(nn.Module):
             dropout=dropout,
         )
         self.down = nn.ModuleDict()
-        width, side = base_channels, resolution
-        for level, multiplier in enumerate(channel_multipliers):
-            if level > 0:
-                side //= 2
+        width = base_channels
+        for side, multiplier in zip(sides, channel_multipliers):
+            if side < resolution:
                 self.down[f"{side}x{side}_down"] = build.resampling(width, "down")
             self.down.update(build.way_down(side, width, base_channels * multiplier))
             width = base_channels * multiplier
         self.norm_out = nn.GroupNorm(num_groups(width), width, eps=1e-6)
-        self.logits = nn.Linear(width * side**2, len(self.class_names))
+        self.logits = nn.Linear(width * sides[-1] ** 2, len(self.class_names))
         initialise(self)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ldgan.blocks import (
     UNetBlock,
     initialise,
     label_embedding,
+    level_sides,
     residual_scale,
 )
 from ldgan.engine.config import option
@@ -124,10 +125,7 @@ class UNet(nn.Module):
         super().__init__()
         if num_res_blocks < 1:
             raise ValueError(f"num_res_blocks is {num_res_blocks}; give 1 or more")
-        if resolution % 2 ** (len(channel_multipliers) - 1):
-            raise ValueError(
-                f"resolution {resolution} cannot be halved for each of channel_multipliers {[*channel_multipliers]}"
-            )
+        sides = level_sides(resolution, channel_multipliers)
         self.z_dim, self.num_classes = z_dim, num_classes
         self.z_conditioning, self.time_conditioning = z_conditioning, time_conditioning
         style_dim = (style_dim or embedding_dim) if z_dim > 0 else 0
@@ -152,7 +150,6 @@ class UNet(nn.Module):
             dropout=dropout,
         )
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
-        sides = [resolution // 2**level for level in range(len(widths))]
 
         self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
         self.down, self.pyramid = nn.ModuleDict(), nn.ModuleDict()
