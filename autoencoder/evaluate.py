@@ -42,16 +42,15 @@ from ldgan.engine.checkpoint import read_description
 from ldgan.engine.files import new_folder
 from ldgan.engine.images import enlarge, error_maps, image_grid, save_png, to_uint8
 from ldgan.engine.progress import progress_bar
-from ldgan.engine.run import append_evaluation, resolve_checkpoint, run_of
+from ldgan.engine.run import append_evaluation, next_evaluation, resolve_checkpoint, run_of
 from ldgan.engine.seeding import noise_from_seeds
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches, share
-from ldgan.metrics.features import INCEPTION, TORCHVISION_NETWORKS, feature_network
+from ldgan.metrics.features import add_feature_flags, chosen_features, feature_network
 from ldgan.metrics.frechet import frechet_distance
 from ldgan.metrics.pixels import ssim
 
 NUM_COLUMNS, NUM_PRIOR_SAMPLES = 8, 64  # in the pictures
-MIN_TILE = 96  # pixels; smaller images are enlarged by a whole factor
 RESULT_FILE = "evaluation.json"
 
 EXAMPLES = """
@@ -59,7 +58,7 @@ examples:
   accelerate launch autoencoder/evaluate.py --autoencoder runs/ae --data data/heldout
   accelerate launch autoencoder/evaluate.py --autoencoder runs/ae --data data/heldout --num-images 5000 \\
       --perceptual lpips-alex --perceptual-weights weights/alexnet-owt-7be5be79.pth \\
-      --features inception --feature-weights weights/weights-inception-2015-12-05-6726825d.pth
+      --inception-weights weights/weights-inception-2015-12-05-6726825d.pth
 
 Nothing is downloaded: a metric whose network is not given is left out, and the table says so. A Frechet
 distance is called FID with the features of inception only; that of reconstructions is known as rFID.
@@ -156,9 +155,9 @@ def summarise(evaluation: Evaluation, reference: dict[str, Any], num_images: int
         described = {"name": metric.name, "unit": metric.unit, "better": metric.better}
         metrics[key] = described | {"value": mean.mean, "standard_error": mean.standard_error} | origin
     if evaluation.features is not None:
-        name = evaluation.features.distance_name
+        name = evaluation.features.metric_name("frechet_distance")
         for kind, words in (("reconstructions", "reconstructions"), ("prior_samples", "decoded N(0, I)")):
-            value = frechet_distance(evaluation.statistics[kind], evaluation.statistics["images"])
+            value = frechet_distance(evaluation.statistics[kind].fit(), evaluation.statistics["images"].fit())
             described = {"name": f"{name} of {words}", "unit": "", "better": "lower"}
             metrics[f"frechet_{kind}"] = described | {"value": value, "standard_error": None} | origin
     return {"num_images": num_images, "metrics": metrics, "latents": summarise_latents(evaluation)}
@@ -236,27 +235,20 @@ def pictures(evaluation: Evaluation, data: ImageDataset, num_images: int) -> dic
     rows = torch.cat([originals, reconstructions, error_maps(reconstructions, originals)])
     (noise,) = prior_noise(evaluation, range(NUM_PRIOR_SAMPLES), NUM_PRIOR_SAMPLES)
     samples = decode_uint8(autoencoder, noise)
-    factor = max(1, MIN_TILE // images.shape[-1])
     return {
-        "reconstructions.png": image_grid(enlarge(rows, factor), columns=len(images)),
-        "prior_samples.png": image_grid(enlarge(samples, factor), columns=NUM_COLUMNS),
+        "reconstructions.png": image_grid(enlarge(rows), columns=len(images)),
+        "prior_samples.png": image_grid(enlarge(samples), columns=NUM_COLUMNS),
     }
 
 
 def save(result: dict[str, Any], grids: dict[str, Tensor], flags: argparse.Namespace) -> Path:
     """Write numbers and pictures into a new folder, which is returned."""
-    out = flags.out or next_folder(run_of(flags.autoencoder) / "evaluations")
+    out = flags.out or next_evaluation(run_of(flags.autoencoder))
     with new_folder(out) as folder:
         (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         for name, grid in grids.items():
             save_png(folder / name, grid)
     return out
-
-
-def next_folder(parent: Path) -> Path:
-    """The first of ``parent``/0001, 0002, ... behind all that are there."""
-    taken = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdecimal()]
-    return parent / f"{max(taken, default=0) + 1:04d}"
 
 
 def print_tables(result: dict[str, Any]) -> None:
@@ -334,29 +326,22 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--perceptual-weights", type=Path, metavar="FILE", help="weights of its network, safetensors or .pth"
     )
-    names = ", ".join([INCEPTION, *TORCHVISION_NETWORKS])
-    parser.add_argument(
-        "--features", metavar="NAME", help=f"features of Frechet distances: {names} or timm:NETWORK (default: none)"
-    )
-    parser.add_argument(
-        "--feature-weights", type=Path, metavar="FILE", help="weights of the feature network, safetensors or .pth"
-    )
+    add_feature_flags(parser, default=None)
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for results (default: in the run)")
     parser.add_argument(
         "--batch-size", type=cli.positive, default=64, metavar="N", help="images per forward pass (default: 64)"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
     flags = parser.parse_args()
+    flags.features, flags.feature_weights = chosen_features(flags, default=None)
     check_flags(flags)
     return flags
 
 
 def check_flags(flags: argparse.Namespace) -> None:
     """Raise a UserError for flags that contradict each other."""
-    for network, weights in (("perceptual", "perceptual_weights"), ("features", "feature_weights")):
-        if getattr(flags, weights) and not getattr(flags, network):
-            flag = weights.replace("_", "-")
-            raise cli.UserError(f"--{flag} says not which network it belongs to; give --{network} NAME too")
+    if flags.perceptual_weights and not flags.perceptual:
+        raise cli.UserError("--perceptual-weights says not which network it belongs to; give --perceptual NAME too")
     if flags.out and flags.out.exists():
         raise cli.UserError(f"{flags.out}: exists already; choose another --out")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ldgan.engine.checkpoint import load_thing, read_description, save_checkpoin
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict, to_dict
 from ldgan.engine.run import resolve_checkpoint
+from ldgan.engine.weights import sha256_of
 
 KIND = "autoencoder"
 WEIGHTS = "autoencoder_ema"  # the averaged weights are the ones that are used
@@ -80,8 +80,4 @@ def _describe(autoencoder: AutoencoderKL) -> dict[str, Any]:
 
 def fingerprint(network: nn.Module) -> str:
     """SHA-256 (hex) over names, shapes and bytes of all weights and latent statistics."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_of(network.state_dict())

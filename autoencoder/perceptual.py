@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
-from ldgan.engine.weights import TORCHVISION_FILES, fill, load_weights
+from ldgan.engine.weights import TORCHVISION_FILES, fill, hub_file, load_weights
 
 TIMM_PREFIX = "timm:"
 
@@ -141,7 +141,7 @@ def _lpips_distance(name: str, backbone_weights: Path | None) -> PerceptualDista
     import lpips  # with torchvision's models it takes a second, which only those who use it shall pay
 
     backbone = PERCEPTUAL_NETWORKS[name]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / backbone.file_name
+    cached = hub_file(backbone.file_name)
     path = backbone_weights or (cached if cached.is_file() else None)
     if path is None:
         raise _no_weights(name, f"torchvision's {backbone.torchvision_name} weights, {backbone.file_name}", cached)
@@ -195,7 +195,7 @@ def _cached_by_timm(config: Mapping[str, Any]) -> list[Path]:
         found = try_to_load_from_cache(config["hf_hub_id"], config.get("hf_hub_filename") or "model.safetensors")
         places += [Path(found)] if isinstance(found, str) else []
     if config.get("url"):
-        places.append(Path(torch.hub.get_dir()) / "checkpoints" / config["url"].rpartition("/")[2])
+        places.append(hub_file(config["url"].rpartition("/")[2]))
     return places
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_prep.images import IMAGE_FORMATS
+from data_prep.images import IMAGE_FORMATS, image_member
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.session import RunConfig
@@ -186,8 +186,8 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
 
 def _decode_image(sample: dict[str, bytes]) -> np.ndarray:
     """Return the sample's image as uint8 (H, W, 3)."""
-    extension = next(extension for extension in sample if extension in IMAGE_FORMATS)
-    image = Image.open(io.BytesIO(sample[extension]), formats=[IMAGE_FORMATS[extension]])
+    extension, content = image_member(sample)
+    image = Image.open(io.BytesIO(content), formats=[IMAGE_FORMATS[extension]])
     return np.asarray(image.convert("RGB"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> object:
     # weights_only: a pickle may run any code while it is loaded, this one tensors and plain containers only.
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def hub_file(file_name: str) -> Path:
+    """Where torch.hub keeps a file of weights that it downloaded before, below TORCH_HOME."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / file_name
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, shapes and bytes of tensors, whatever their order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Any], *, by: str, why: str) -> None:

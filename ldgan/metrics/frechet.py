@@ -2,18 +2,25 @@
 
 Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017 (arXiv 1706.08500): the distance
 between Gaussians with the mean and covariance of the features of either set (Dowson and Landau 1982). It bears
-the name FID for features of Inception only; see `ldgan.metrics.features.FeatureNetwork.distance_name`.
+the name FID for features of Inception only; see `ldgan.metrics.features.FeatureNetwork.metric_name`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldgan.engine.cli import UserError
-from ldgan.metrics.features import FeatureNetwork
+from ldgan.metrics.distances import check_finite
+
+
+class GaussianFit(NamedTuple):
+    """The Gaussian that stands for a set of images: mean, float64 (d,), unbiased covariance, float64 (d, d)."""
+
+    mean: Tensor
+    covariance: Tensor
 
 
 class FeatureStatistics:
@@ -40,46 +47,39 @@ class FeatureStatistics:
         """How many features were added."""
         return round(self.sums[0, 0].item())
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean, float64 (d,)."""
-        return self.sums[0, 1:] / self.num_images
+    def fit(self) -> GaussianFit:
+        """Mean, and covariance divided by N - 1, of all features added.
 
-    @property
-    def covariance(self) -> Tensor:
-        """Unbiased covariance (divided by N - 1), float64 (d, d)."""
-        mean = self.mean
-        return (self.sums[1:, 1:] - self.num_images * torch.outer(mean, mean)) / (self.num_images - 1)
-
-
-def feature_statistics(network: FeatureNetwork, images: Iterable[Tensor]) -> FeatureStatistics:
-    """Statistics of the features of batches of images, uint8 (B, 3, H, W)."""
-    statistics = FeatureStatistics(network.num_features)
-    for batch in images:
-        statistics.add(network(batch))
-    return statistics
+        Raises:
+            UserError: they are fewer than two, which have no covariance, or one of them is NaN or infinite.
+        """
+        number = self.num_images
+        if number < 2:
+            raise UserError(f"a Frechet distance needs two images or more in each set, not {number}; take more images")
+        check_finite(self.sums, f"features of {number:,} images")  # one such feature makes the sums so
+        mean = self.sums[0, 1:] / number
+        covariance = (self.sums[1:, 1:] - number * torch.outer(mean, mean)) / (number - 1)
+        return GaussianFit(mean, covariance)
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+def frechet_distance(a: GaussianFit, b: GaussianFit) -> float:
     """Squared Frechet distance ||m_a - m_b||^2 + tr(A + B - 2 (A B)^(1/2)) of Gaussians N(m_a, A) and N(m_b, B).
 
     Fewer images give larger distances: compare values for the same numbers of images only.
 
     Raises:
-        UserError: one of the sets has fewer than two images, and hence no covariance.
+        ValueError: the Gaussians are of different dimensions.
     """
-    fewest = min(a.num_images, b.num_images)
-    if fewest < 2:
-        raise UserError(f"a Frechet distance needs two images or more in each set, not {fewest}; take more images")
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"Gaussians of {len(a.mean)} and {len(b.mean)} dimensions have no distance")
+    b = GaussianFit(*(tensor.to(a.mean) for tensor in b))
     shift = (a.mean - b.mean).square().sum()
-    covariances = a.covariance, b.covariance
     # With A = F F^T and B = G G^T the eigenvalues of A B are the squared singular values of F^T G. Unlike a square
     # root of the matrix product, these stay exact where A and B are singular, as they are for fewer images than
     # features.
-    factor_a, factor_b = map(_factor, covariances)
-    overlap = torch.linalg.svdvals(factor_a.T @ factor_b.to(factor_a)).sum()
-    spread = sum(covariance.trace().item() for covariance in covariances)
-    return max(0.0, shift.item() + spread - 2 * overlap.item())
+    overlap = torch.linalg.svdvals(_factor(a.covariance).T @ _factor(b.covariance)).sum()
+    spread = a.covariance.trace() + b.covariance.trace()
+    return max(0.0, (shift + spread - 2 * overlap).item())
 
 
 def _factor(covariance: Tensor) -> Tensor:

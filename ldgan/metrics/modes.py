@@ -11,10 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ldgan.engine.cli import UserError
-from ldgan.metrics.digits import DigitClassifier, classify
 
 
 @dataclass(frozen=True)
@@ -65,26 +63,3 @@ def mode_coverage(modes: np.ndarray, num_modes: int = 1000) -> ModeCoverage:
     covered = histogram[histogram > 0]  # the limit of p ln p at p = 0 is 0
     kl = float(np.sum(covered * np.log(covered * num_modes)))
     return ModeCoverage(num_modes, num_covered=covered.size, kl=kl, num_images=modes.size)
-
-
-def stacked_digits_to_modes(
-    images: torch.Tensor,
-    classifier: DigitClassifier,
-    batch_size: int = 1000,
-    device: torch.device | str = "cpu",
-) -> np.ndarray:
-    """Read the mode, 100 r + 10 g + b, off stacked digits; each channel is judged separately.
-
-    Args:
-        images: uint8 (N, 3, 32, 32); channels hold the digits r, g and b.
-        classifier: judges one grey digit; moved to ``device``.
-        batch_size: grey digits judged at once.
-        device: where the judging runs.
-
-    Returns:
-        (N,) integers in 0..999, for `mode_coverage`.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"stacked digits have shape (N, 3, 32, 32), not {tuple(images.shape)}; pass RGB images")
-    digits = classify(classifier.to(device), images.flatten(0, 1), batch_size)
-    return digits.reshape(-1, 3) @ np.array([100, 10, 1])

@@ -33,7 +33,7 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import error_maps, from_uint8, load_png, to_uint8
 from ldgan.metrics.features import feature_network
-from ldgan.metrics.frechet import feature_statistics, frechet_distance
+from ldgan.metrics.frechet import FeatureStatistics, frechet_distance
 from ldgan.metrics.pixels import psnr, ssim
 
 SIDE, NUM_IMAGES = 32, 12
@@ -65,7 +65,7 @@ class Brighten:
 class ChannelMeans:
     """Features of which everything is known."""
 
-    name, num_features, distance_name = "means", 3, "Frechet distance (means)"
+    name, num_features = "means", 3
 
     def __call__(self, images: Tensor) -> Tensor:
         return images.float().mean(dim=(2, 3))
@@ -76,6 +76,12 @@ METRICS = {"psnr": ImageMetric("PSNR", "dB", "higher", psnr), "ssim": ImageMetri
 
 def new_evaluation(autoencoder: Brighten | AutoencoderKL, latent_shape: tuple[int, int, int]) -> Evaluation:
     return Evaluation(autoencoder, latent_shape, METRICS, ChannelMeans())
+
+
+def statistics_of(features: Tensor) -> FeatureStatistics:
+    result = FeatureStatistics(features.shape[1])
+    result.add(features)
+    return result
 
 
 def evaluation_of(autoencoder: Brighten, images: Tensor) -> Evaluation:
@@ -99,7 +105,7 @@ def test_a_constant_error_gives_its_closed_forms() -> None:
     assert evaluation.means["psnr"].mean == pytest.approx(20 * math.log10(255 / 10), rel=1e-6)
     assert evaluation.means["psnr"].standard_error == pytest.approx(0.0, abs=1e-5)
     # Means of the features move by 10 each, and their covariance stays.
-    distance = frechet_distance(evaluation.statistics["reconstructions"], evaluation.statistics["images"])
+    distance = frechet_distance(*(evaluation.statistics[kind].fit() for kind in ("reconstructions", "images")))
     assert distance == pytest.approx(3 * 10**2, rel=1e-9)
 
 
@@ -147,10 +153,8 @@ def test_noise_in_the_place_of_latents_has_a_distance_of_its_own() -> None:
     evaluation.add_prior_samples(noise)
     # Zero is the mean of the latents: all four images show `latent_mean`.
     pixels = to_uint8(evaluation.autoencoder.latent_mean.expand(4, 3, SIDE, SIDE))
-    torch.testing.assert_close(
-        evaluation.statistics["prior_samples"].sums,
-        feature_statistics(ChannelMeans(), [pixels]).sums,
-    )
+    expected = statistics_of(ChannelMeans()(pixels)).sums
+    torch.testing.assert_close(evaluation.statistics["prior_samples"].sums, expected)
 
 
 def test_error_maps_are_grey_and_on_a_fixed_scale() -> None:
@@ -283,7 +287,7 @@ def test_the_command_reports_every_number_with_its_origin(
         assert metrics[name]["value"] == pytest.approx(values.double().mean().item(), rel=1e-3), name
         assert metrics[name]["standard_error"] == pytest.approx(values.double().std().item() / 3, rel=1e-2), name
     for kind, others in (("reconstructions", reconstructions), ("prior_samples", samples)):
-        distance = frechet_distance(*(feature_statistics(features, [batch]) for batch in (others, images)))
+        distance = frechet_distance(*(statistics_of(features(batch)).fit() for batch in (others, images)))
         assert metrics[f"frechet_{kind}"]["value"] == pytest.approx(distance, rel=1e-2), kind
 
     assert metrics["frechet_reconstructions"]["name"] == "Frechet distance (squeezenet) of reconstructions"
@@ -355,12 +359,20 @@ def test_an_exact_reconstruction_counts_with_a_finite_psnr() -> None:
         (["--feature-weights", "file"], "--feature-weights says not .*; give --features NAME too"),
         (["--perceptual-weights", "file"], "--perceptual-weights says not .*; give --perceptual NAME too"),
         (["--features", "alexnet"], "alexnet-owt-7be5be79.pth, and give --feature-weights FILE"),
+        (["--features", "alexnet", "--inception-weights", "file"], "not those of --features alexnet"),
         (["--perceptual", "lpips"], "no perceptual network 'lpips'"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(
-    tmp_path: Path, shards: Path, autoencoder: AutoencoderKL, command, arguments: list[str], message: str
+    tmp_path: Path,
+    shards: Path,
+    autoencoder: AutoencoderKL,
+    command,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where nothing was downloaded before
     run = save_autoencoder(tmp_path / "run", autoencoder)
     arguments = [argument.format(tmp_path=tmp_path) for argument in arguments]
     with pytest.raises(UserError, match=message):

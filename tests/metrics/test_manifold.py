@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldgan.engine.cli import UserError
-from ldgan.metrics.manifold import density_coverage, precision_recall
+from ldgan.metrics.manifold import density_coverage, num_distances, prdc, precision_recall
 
 
 def gaussian(seed: int, num_images: int, num_features: int, spread: float = 1.0) -> Tensor:
@@ -66,13 +66,57 @@ def test_it_is_what_the_definitions_say(pair: tuple[Tensor, Tensor], k: int) -> 
         assert measured(*pair, k, block_size) == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["apart", "wider"])
-def test_precision_and_recall_are_those_of_torch_fidelity(name: str) -> None:
+def test_all_at_once_each_with_its_own_k() -> None:
+    pair = PAIRS["ties and duplicates"]
+    expected = (*brute_force(*pair, 4)[:2], *brute_force(*pair, 2)[2:])
+    assert prdc(*pair, k_manifold=4, k_density=2, block_size=50) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["apart", "wider", "real"])
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_and_recall_are_those_of_torch_fidelity(name: str, k: int, request: pytest.FixtureRequest) -> None:
     metric = pytest.importorskip("torch_fidelity.metric_prc")
-    real, fake = (features.double() for features in PAIRS[name])  # single precision would break its own ties
-    theirs = metric.calculate_precision_recall_full(fake, real, 3)
-    assert precision_recall(real, fake) == pytest.approx(theirs, abs=1e-6)
-    assert min(theirs) < max(theirs)
+    real, fake = peers_input(name, request)
+    theirs = metric.prc_features_to_metric(fake, real, prc_neighborhood=k, verbose=False)
+    ours = precision_recall(real, fake, k)
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    assert 0 < ours.recall != ours.precision > 0
+
+
+@pytest.mark.parametrize("name", ["apart", "wider", "real"])
+@pytest.mark.parametrize("k", [3, 5])
+def test_all_four_are_those_of_their_authors(name: str, k: int, request: pytest.FixtureRequest) -> None:
+    compute_prdc = pytest.importorskip("prdc").compute_prdc
+    real, fake = peers_input(name, request)
+    theirs = compute_prdc(real.numpy(), fake.numpy(), nearest_k=k)  # open balls: the same where nothing ties
+    ours = prdc(real, fake, k_manifold=k, k_density=k)
+    assert ours._asdict() == pytest.approx(theirs, rel=1e-6)
+    assert 0 < ours.coverage < 1
+
+
+def peers_input(name: str, request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
+    """Features in float64, in which the peers compute as given: single precision would break their own ties."""
+    train, test = request.getfixturevalue("real_features") if name == "real" else PAIRS[name]
+    return train.double(), test[:250].double()
+
+
+def test_single_precision_is_computed_in_double_precision() -> None:
+    # Far from zero, where products in single precision would have no digits left for the distances.
+    real, fake = PAIRS["far from zero"]
+    assert prdc(real, fake) == prdc(real.double(), fake.double())
+
+
+def test_a_set_compared_with_itself_is_as_good_as_a_copy_of_it() -> None:
+    points = gaussian(0, 90, 3)
+    assert prdc(points, points, block_size=20) == prdc(points, points.clone())
+
+
+def test_progress_counts_every_distance() -> None:
+    done: list[int] = []
+    prdc(gaussian(0, 45, 3), gaussian(1, 31, 3), block_size=10, progress=done.append)
+    # Within the sets a pair counts once, and each point once with itself.
+    assert sum(done) == num_distances(45, 31) == 45 * 46 // 2 + 31 * 32 // 2 + 45 * 31
+    assert len(done) == 15 + 10 + 4 * 5  # blocks
 
 
 def test_sets_far_from_each_other_share_nothing() -> None:
@@ -116,5 +160,16 @@ def test_two_samples_of_one_distribution_have_a_density_of_about_one() -> None:
 def test_fewer_images_than_neighbours_are_refused() -> None:
     with pytest.raises(UserError, match="need more than 3 images, not 3"):
         precision_recall(gaussian(0, 10, 2), gaussian(1, 3, 2))
+    with pytest.raises(UserError, match="need more than 5 images, not 4"):
+        prdc(gaussian(0, 4, 2), gaussian(1, 10, 2))
     with pytest.raises(ValueError, match=r"\(10, 2\) and \(10, 3\)"):
         density_coverage(gaussian(0, 10, 2), gaussian(1, 10, 3))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 1])
+def test_features_that_are_no_numbers_are_refused(value: float, place: int) -> None:
+    sets = [gaussian(0, 10, 2), gaussian(1, 20, 2)]
+    sets[place][-1, 1] = value
+    with pytest.raises(UserError, match=f"features of {len(sets[place])} images hold NaN or infinity"):
+        prdc(*sets)

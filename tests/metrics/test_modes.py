@@ -6,11 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from ldgan.engine.cli import UserError
-from ldgan.metrics.modes import mode_coverage, stacked_digits_to_modes
+from ldgan.metrics.modes import mode_coverage
 
 
 def test_even_histogram_has_no_divergence():
@@ -67,28 +65,3 @@ def test_uniform_draws_score_the_sampling_floor():
 def test_modes_that_make_no_sense_are_refused(modes, message):
     with pytest.raises(UserError, match=message):
         mode_coverage(modes)
-
-
-class BrightnessReader(nn.Module):
-    """Takes an image that is 25 d all over for the digit d: exact, without training."""
-
-    def __init__(self):
-        super().__init__()
-        self.levels = nn.Parameter(torch.arange(10) * 25 / 127.5 - 1)
-
-    def forward(self, images):
-        return -((images.mean(dim=(1, 2, 3))[:, None] - self.levels) ** 2)
-
-
-def test_channels_are_hundreds_tens_and_ones():
-    modes = np.array([0, 1, 10, 100, 123, 321, 907, 999])
-    digits = torch.tensor([[mode // 100, mode // 10 % 10, mode % 10] for mode in modes])
-    images = (25 * digits)[:, :, None, None].expand(-1, -1, 32, 32).to(torch.uint8)
-    for batch_size in (1, 5, 1000):  # also batches that split an image's channels
-        np.testing.assert_array_equal(stacked_digits_to_modes(images, BrightnessReader(), batch_size), modes)
-
-
-@pytest.mark.parametrize("shape", [(4, 1, 32, 32), (4, 32, 32)])
-def test_images_without_three_channels_are_refused(shape):
-    with pytest.raises(UserError, match="pass RGB images"):
-        stacked_digits_to_modes(torch.zeros(shape, dtype=torch.uint8), BrightnessReader())
