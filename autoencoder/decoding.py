@@ -10,11 +10,8 @@ import abc
 import hashlib
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +26,7 @@ from ldgan.engine.files import BackgroundWrites, commit, new_folder, temporary_n
 from ldgan.engine.images import encode_lossless, to_uint8
 from ldgan.engine.progress import ProgressBar
 from ldgan.engine.shares import batches
+from ldgan.engine.threads import map_ahead
 
 DESCRIPTION = "decoding.json"
 READ_AHEAD_BATCHES = 2
@@ -245,13 +243,7 @@ def read_ahead(latents: LatentDataset, work: Sequence[range]) -> Iterator[dict[s
     def read(numbers: range) -> dict[str, Tensor]:
         return default_collate([latents[SampleRef(number, flip=False)] for number in numbers])
 
-    waiting = iter(work)
-    with ThreadPoolExecutor(1, thread_name_prefix="reader") as thread:
-        pending = deque(thread.submit(read, numbers) for numbers in islice(waiting, READ_AHEAD_BATCHES))
-        while pending:
-            batch = pending.popleft().result()
-            pending.extend(thread.submit(read, numbers) for numbers in islice(waiting, 1))
-            yield batch
+    return map_ahead(read, work, num_threads=1, ahead=READ_AHEAD_BATCHES)
 
 
 def _write_missing(output: Output, number: int, image: Tensor, label: int) -> None:

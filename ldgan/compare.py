@@ -18,11 +18,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import statistics
 import textwrap
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -46,11 +46,12 @@ from ldgan.engine.shares import batches
 from ldgan.judging import REAL_IMAGES_SEED, Judgement, judge_images, load_judge, real_images
 from ldgan.loading import load_model
 from ldgan.metrics.digits import RESOLUTION, TrainedClassifier
-from ldgan.metrics.frechet import FeatureStatistics, frechet_distance
-from ldgan.metrics.manifold import density_coverage, precision_recall
+from ldgan.metrics.frechet import FeatureStatistics, GaussianFit, frechet_distance
+from ldgan.metrics.manifold import prdc
 from ldgan.metrics.modes import mode_coverage
 from ldgan.report import Row, console_table, markdown, page, png, trilemma_plot
 from ldgan.sampling import Callback, SamplerConfig
+from ldgan.timing import Cost, Spread, make_images
 
 FORMAT = "ldgan comparison 1"  # a kept row of another format is measured anew: what is measured counts it up
 TITLE = "The generative learning trilemma on StackedMNIST"
@@ -274,34 +275,20 @@ class Maker:
     network: nn.Module | None
 
 
-@dataclass
-class Speed:
-    """Seconds per image by batch, and how many samples passed through the network."""
-
-    sampling: list[float] = field(default_factory=list)
-    decoding: list[float] = field(default_factory=list)
-    evaluations: int = 0
-
-    def median(self, stage: Literal["sampling", "decoding"]) -> float | None:
-        """Median seconds of 1,000 images, without the first batch, which warms up; None if nothing was timed."""
-        seconds = getattr(self, stage)[1:]
-        return 1000 * statistics.median(seconds) if seconds else None
-
-
 def measure(bench: Bench, entry: Entry, folder: Path, label: str) -> None:
     """Make an entry's images, judge them as they come, and keep row and grid in a new ``folder``."""
-    speed = Speed()
+    costs: list[Cost] = []  # by batch
     maker = None if entry.kind == "real" else make_maker(bench, entry)
     if maker is None:
         images = bench.real_images(entry.num_images, REAL_IMAGES_SEED + 1)
     else:
-        images = timed_images(bench, maker, entry, speed, label)
+        images = timed_images(bench, maker, entry, costs, label)
     judgements, first_images = [], torch.empty(0, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8)
     for batch in images:
         judgements.append(judge_images(bench.judge.model, batch))
         first_images = torch.cat([first_images, batch])[: GRID_SIDE**2]
     judgement = Judgement(*map(torch.cat, zip(*judgements)))
-    row = describe_row(bench, entry, judgement, maker, speed)
+    row = describe_row(bench, entry, judgement, maker, costs)
     folder.parent.mkdir(exist_ok=True)
     with new_folder(folder) as temporary:
         text = json.dumps(dataclasses.asdict(row), indent=2) + "\n"
@@ -329,74 +316,61 @@ def make_maker(bench: Bench, entry: Entry) -> Maker:
     )
 
 
-@torch.no_grad()
-def timed_images(bench: Bench, maker: Maker, entry: Entry, speed: Speed, label: str) -> Iterator[Tensor]:
-    """Yield images in batches, uint8 (B, 3, 32, 32); what they cost is added to ``speed``."""
-
-    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        speed.evaluations += len(inputs[0])
-
-    hook = maker.network.register_forward_pre_hook(count) if maker.network else None
+def timed_images(bench: Bench, maker: Maker, entry: Entry, costs: list[Cost], label: str) -> Iterator[Tensor]:
+    """Yield images in batches, uint8 (B, 3, 32, 32); what each batch cost is added to ``costs``."""
     # Steps are what a DDPM's user waits for; decoding counts as one more, so that the prior has a bar, too.
     with progress_bar(label, entry.num_images * (maker.num_steps + 1), "evaluations") as bar:
         for numbers in batches(range(entry.num_images), bench.config.batch_size):
             seeds = [bench.config.seed + number for number in numbers]
-            started = now()
-            with bench.accelerator.autocast():
-                x_0 = maker.sample(seeds, lambda *_: bar.advance(len(seeds)))  # noqa: B023 (called in this turn)
-            sampled = now()
-            with bench.accelerator.autocast():
-                images = maker.decode(x_0)
-            speed.sampling.append((sampled - started) / len(seeds))
-            speed.decoding.append((now() - sampled) / len(seeds))
+            sample = partial(maker.sample, seeds, lambda *_: bar.advance(len(seeds)))  # noqa: B023 (called in this turn)
+            images, cost = make_images(bench.accelerator, sample, maker.decode, maker.network)
+            costs.append(cost)
             yield images
             bar.advance(len(seeds))
-    if hook is not None:
-        hook.remove()
 
 
-def now() -> float:
-    """Seconds on a clock, once the device has done all it was given."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def describe_row(bench: Bench, entry: Entry, judgement: Judgement, maker: Maker | None, speed: Speed) -> Row:
+def describe_row(bench: Bench, entry: Entry, judgement: Judgement, maker: Maker | None, costs: list[Cost]) -> Row:
     """All numbers of an entry whose images were judged."""
     reference = bench.reference(entry.num_images)
     modes = mode_coverage(judgement.modes.numpy())
-    quality = precision_recall(reference, judgement.features)
-    density = density_coverage(reference, judgement.features)
+    manifold = prdc(reference, judgement.features)
     seconds = read_description(entry.checkpoint)["seconds"] if entry.checkpoint else None
     network = maker.network if maker else None
     return Row(
         name=entry.name,
         kind=entry.kind,
         num_images=entry.num_images,
-        precision=quality.precision,
+        precision=manifold.precision,
         confidence=judgement.confidence.mean().item(),
-        frechet_distance=frechet_distance(statistics_of(judgement.features), statistics_of(reference)),
+        frechet_distance=frechet_distance(fit_of(judgement.features), fit_of(reference)),
         num_modes=modes.num_covered,
         kl=modes.kl,
         kl_floor=modes.sampling_floor,
-        recall=quality.recall,
-        density=density.density,
-        coverage=density.coverage,
-        evaluations=speed.evaluations / entry.num_images if maker else None,
-        sampling_seconds=speed.median("sampling"),
-        decoding_seconds=speed.median("decoding"),
+        recall=manifold.recall,
+        density=manifold.density,
+        coverage=manifold.coverage,
+        evaluations=fmean(cost.evaluations for cost in costs) if maker else None,
+        sampling_seconds=seconds_per_thousand([cost.sampling for cost in costs]),
+        decoding_seconds=seconds_per_thousand([cost.decoding for cost in costs]),
         num_parameters=sum(weight.numel() for weight in network.parameters()) if network else None,
         training_minutes=seconds / 60 if seconds is not None else None,
         conditions=bench.conditions(entry),
     )
 
 
-def statistics_of(features: Tensor) -> FeatureStatistics:
+def fit_of(features: Tensor) -> GaussianFit:
     """Mean and covariance of features (N, d)."""
-    result = FeatureStatistics(features.shape[1])
-    result.add(features)
-    return result
+    statistics = FeatureStatistics(features.shape[1])
+    statistics.add(features)
+    return statistics.fit()
+
+
+def seconds_per_thousand(seconds: list[float]) -> float | None:
+    """Median seconds of 1,000 images without the first batch, which warms up; None if nothing was timed.
+
+    ``seconds`` are those per image by batch.
+    """
+    return 1000 * Spread.of(seconds[1:]).median if seconds else None
 
 
 def describe_conditions(bench: Bench, rows: list[Row]) -> str:

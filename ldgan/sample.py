@@ -30,7 +30,6 @@ from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, g
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
 STEPS_FILE, MAX_STEPS_ROWS, MAX_STEPS_COLUMNS = "steps.png", 8, 10
-MIN_GRID_TILE = 96  # pixels; smaller images are enlarged by a whole factor
 
 EXAMPLES = """
 examples:
@@ -89,7 +88,7 @@ def save_images(accelerator: Accelerator, job: Job, out: Path, *, steps_grid: bo
 def save_grid(folder: Path, num_images: int) -> None:
     """Lay the first images in ``folder`` out in one picture, small ones enlarged."""
     images = torch.stack([load_png(folder / image_name(number)) for number in range(num_images)])
-    save_png(folder / GRID_FILE, image_grid(enlarged(images), columns=math.ceil(math.sqrt(num_images))))
+    save_png(folder / GRID_FILE, image_grid(enlarge(images), columns=math.ceil(math.sqrt(num_images))))
 
 
 def save_steps(accelerator: Accelerator, job: Job, folder: Path) -> None:
@@ -109,12 +108,7 @@ def save_steps(accelerator: Accelerator, job: Job, folder: Path) -> None:
         job.sample(range(min(job.num_images, MAX_STEPS_ROWS)), keep)
         columns = [job.model.decode(x_0) for x_0 in estimates]
     images = torch.stack(columns, dim=1).flatten(0, 1)  # (rows, columns, 3, H, W), row by row
-    save_png(folder / STEPS_FILE, image_grid(enlarged(images), columns=num_columns))
-
-
-def enlarged(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W), small ones by a whole factor."""
-    return enlarge(images, max(1, MIN_GRID_TILE // images.shape[-1]))
+    save_png(folder / STEPS_FILE, image_grid(enlarge(images), columns=num_columns))
 
 
 def image_name(number: int) -> str:

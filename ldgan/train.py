@@ -29,6 +29,7 @@ from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set
 from ldgan.engine.session import RunConfig, Session, make_accelerator
 from ldgan.generation import preview
 from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet, process_of
+from ldgan.monitoring import EvaluationConfig, open_monitor
 from ldgan.networks import UNetConfig
 from ldgan.training import DiffusionGANTrainer, LossConfig, Objective, PhasesConfig, Players
 
@@ -55,6 +56,7 @@ class TrainConfig(ConditionalDataConfig):
     predicts: Predicts = option("x_0", "what the generator estimates: x_0, the noise in x_t, or x_previous, x_{t-1}")
     timestep_weights: list[float] = option([], "how often t = 1..T is drawn in training, in proportion; []: uniformly")
     run: RunConfig = option(RunConfig(), "")
+    evaluation: EvaluationConfig = option(EvaluationConfig(), "")
     generator: UNetConfig = option(UNetConfig(), "")
     discriminator: DiscriminatorConfig = option(DiscriminatorConfig(), "")
     loss: LossConfig = option(LossConfig(), "")
@@ -66,6 +68,7 @@ class TrainConfig(ConditionalDataConfig):
     def validate(self) -> None:
         """Raise a UserError for settings that contradict each other."""
         super().validate()
+        self.evaluation.validate()
         if not 1 <= self.num_timesteps <= 8:
             raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to 8")
         if self.beta_max <= 0.1:
@@ -130,10 +133,13 @@ def main() -> None:
         predicts=config.predicts,
         class_names=class_names,
     )
+    monitor = open_monitor(config.evaluation, session, model, accelerator)
     for step in session.steps():
         set_learning_rates(config, step, players)
         session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
         preview(session, step, model, accelerator)
+        if monitor is not None:
+            monitor.evaluate(step)
 
     session.finish({})
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")

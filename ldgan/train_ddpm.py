@@ -29,6 +29,7 @@ from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set
 from ldgan.engine.session import RunConfig, Session, make_accelerator
 from ldgan.generation import preview
 from ldgan.loading import DDPM, WEIGHTS, TrainedModel, build_unet
+from ldgan.monitoring import EvaluationConfig, open_monitor
 from ldgan.networks import UNetConfig
 from ldgan.sampling import SamplerConfig
 
@@ -58,6 +59,7 @@ class TrainConfig(ConditionalDataConfig):
     )
     vlb_weight: float = option(1e-3, "weight of the variational bound, which teaches the variance if it is learned")
     run: RunConfig = option(RunConfig(), "")
+    evaluation: EvaluationConfig = option(EvaluationConfig(), "")
     network: UNetConfig = option(UNetConfig(z_dim=0), "")
     optimizer: OptimizerConfig = option(OptimizerConfig(beta2=0.999), "")
     max_gradient_norm: float = option(1.0, "gradients longer than this are shortened to it; 0: never")
@@ -66,6 +68,7 @@ class TrainConfig(ConditionalDataConfig):
     def validate(self) -> None:
         """Raise a UserError for settings that contradict each other."""
         super().validate()
+        self.evaluation.validate()
         if self.num_timesteps < 1:
             raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 or more (1000 is usual)")
         remaining = float(build_diffusion(self.schedule, self.num_timesteps).alphas_bar[-1])
@@ -126,10 +129,13 @@ def main() -> None:
         class_names=class_names,
     )
     sampler = SamplerConfig(method="ddim", num_steps=min(config.num_timesteps, MAX_PREVIEW_STEPS))
+    monitor = open_monitor(config.evaluation, session, model, accelerator, sampler)
     for step in session.steps():
         set_learning_rate(learner.optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
         session.record(step, trainer.step(step, source, batches))
         preview(session, step, model, accelerator, sampler)
+        if monitor is not None:
+            monitor.evaluate(step)
 
     session.finish({})
     accelerator.print(f"DDPM in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")

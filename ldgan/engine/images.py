@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ldgan.engine.files import write_atomically
 
+MIN_TILE = 96  # pixels; in pictures for people, smaller images are enlarged by a whole factor
 MAX_WEBP_SIDE = 16383  # pixels; 14 bits in the format
 
 
@@ -42,8 +43,13 @@ def image_grid(images: Tensor, columns: int, padding: int = 2) -> Tensor:
     return grid[:, : grid.shape[1] - padding, : grid.shape[2] - padding]
 
 
-def enlarge(images: Tensor, factor: int) -> Tensor:
-    """Show each pixel of images (N, C, H, W) as ``factor`` x ``factor`` pixels, for people to look at."""
+def enlarge(images: Tensor, factor: int | None = None) -> Tensor:
+    """Show each pixel of images (N, C, H, W) as ``factor`` x ``factor`` pixels, for people to look at.
+
+    None leaves large images as they are and brings small ones near `MIN_TILE`.
+    """
+    if factor is None:
+        factor = max(1, MIN_TILE // images.shape[-1])
     return images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
 
 

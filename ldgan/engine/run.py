@@ -4,10 +4,13 @@
 
     config.yaml                   the resolved config
     checkpoints/step_000001000/   see `ldgan.engine.checkpoint`
+    best.json                     the best checkpoint so far, by a metric measured during training: its step, metric,
+                                  value and folder; commands take RUN/best for it, as they take RUN for the latest
     samples/                      image grids (PNG)
     tensorboard/                  event files
     metrics.jsonl                 the same scalars, one JSON object a line
     summary.json                  the results, written when the run ends
+    evaluations/0001/             numbers and pictures of an evaluation by the evaluate commands
     evaluations.jsonl             what the evaluate commands measured, one JSON object each
 """
 
@@ -17,8 +20,9 @@ import json
 import re
 import shutil
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldgan.engine.checkpoint import DESCRIPTION_FILE
 from ldgan.engine.cli import UserError
@@ -26,6 +30,15 @@ from ldgan.engine.config import flatten, parse_yaml
 from ldgan.engine.files import remove_folder, write_atomically
 
 STEP_FOLDER = re.compile(r"step_(\d{9,})")
+BEST = "best"  # RUN/best stands for the best checkpoint
+
+
+class Best(NamedTuple):
+    """What the best checkpoint so far is best by."""
+
+    step: int
+    metric: str
+    value: float
 
 
 class RunFolder:
@@ -39,13 +52,14 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.metrics_path = path / "metrics.jsonl"
         self.summary_path = path / "summary.json"
+        self.best_path = path / f"{BEST}.json"
 
     @classmethod
     def create_or_resume(cls, path: Path, config_yaml: str, may_change: Collection[str] = ()) -> RunFolder:
         """Start a run in ``path``, or resume the one that is there if it has the same config.
 
         ``may_change`` names dotted keys that do not alter what a run is, such as its length or how often it
-        logs; where they differ, the folder's config becomes the new one.
+        logs, or all keys of a section, as ``logs.*``; where they differ, the folder's config becomes the new one.
 
         Raises:
             UserError: if ``path`` holds a run with another config, or files that belong to no run.
@@ -61,6 +75,10 @@ class RunFolder:
     def checkpoint_path(self, step: int) -> Path:
         """Return the folder for the checkpoint after ``step`` optimisation steps."""
         return self.checkpoints / f"step_{step:09d}"
+
+    def has_checkpoint(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of this step."""
+        return (self.checkpoint_path(step) / DESCRIPTION_FILE).is_file()
 
     def latest_checkpoint(self) -> Path | None:
         """Return the complete checkpoint with the highest step, None if there is none yet."""
@@ -79,6 +97,25 @@ class RunFolder:
                 remove_folder(folder)
         for leftover in self.checkpoints.glob(".*.tmp"):
             shutil.rmtree(leftover)
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint that `write_best` named, None if there is none or it is gone.
+
+        Raises:
+            UserError: if the file that names it is damaged.
+        """
+        try:
+            step = int(json.loads(self.best_path.read_text(encoding="utf-8"))["step"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.best_path}: damaged ({error}); name a checkpoint of the run instead") from error
+        return self.checkpoint_path(step) if self.has_checkpoint(step) else None
+
+    def write_best(self, best: Best) -> None:
+        """Say which complete checkpoint is the best one."""
+        record = best._asdict() | {"checkpoint": str(self.checkpoint_path(best.step).relative_to(self.path))}
+        write_atomically(self.best_path, json.dumps(record, indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write the results of the run as JSON."""
@@ -111,7 +148,8 @@ class RunFolder:
         different = [
             f"{key}: {old.get(key, 'nothing')} in the run, {new.get(key, 'nothing')} asked"
             for key in dict.fromkeys([*old, *new])
-            if key not in may_change and (key not in old or key not in new or old[key] != new[key])
+            if not any(fnmatchcase(key, pattern) for pattern in may_change)
+            and (key not in old or key not in new or old[key] != new[key])
         ]
         if different:
             raise UserError(
@@ -121,17 +159,21 @@ class RunFolder:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder that ``path`` means: itself, or the latest one of a run folder.
+    """Return the checkpoint folder that ``path`` means: itself, the latest one of a run, or the best one of RUN/best.
 
     Raises:
-        UserError: if ``path`` is neither.
+        UserError: if ``path`` is none of these, or the run keeps no best checkpoint.
     """
     if (path / DESCRIPTION_FILE).is_file():
         return path
-    run = RunFolder(path)
+    run, parent = RunFolder(path), RunFolder(path.parent)
     if latest := run.latest_checkpoint():
         return latest
-    if not path.exists():
+    if path.name == BEST and (best := parent.best_checkpoint()):
+        return best
+    if path.name == BEST and parent.config_path.is_file():
+        found = "the run keeps no best checkpoint (evaluation.best)"
+    elif not path.exists():
         found = "does not exist"
     elif run.config_path.is_file():
         found = "is a run that has saved no checkpoint yet"
@@ -151,3 +193,9 @@ def append_evaluation(run: Path, result: dict[str, Any]) -> Path:
     with history.open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
     return history
+
+
+def next_evaluation(home: Path) -> Path:
+    """A new folder for the results of an evaluation: the next of ``home``/evaluations/0001, 0002, ..."""
+    taken = [int(path.name) for path in (home / "evaluations").glob("[0-9]*") if path.name.isdecimal()]
+    return home / "evaluations" / f"{max(taken, default=0) + 1:04d}"

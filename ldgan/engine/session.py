@@ -6,11 +6,15 @@ loop of a stage is
     for step in session.steps():
         session.record(step, trainer.step(step, batches))
     session.finish({...})
+
+A checkpoint says, besides its own step, which one is the best so far; so a run that was interrupted anywhere goes on
+with what it knew at the step that it goes on from.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import time
@@ -21,13 +25,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ldgan.engine.checkpoint import Stateful, load_thing, read_description, save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option, to_dict, to_yaml
 from ldgan.engine.progress import ProgressBar, progress_bar
-from ldgan.engine.run import RunFolder
+from ldgan.engine.run import Best, RunFolder
 from ldgan.engine.seeding import generator
 from ldgan.engine.trackers import Tracker, check_finite
 
@@ -49,7 +54,7 @@ class RunConfig:
     log_every_steps: int = option(50, "steps between two rows of scalars")
     preview_every_steps: int = option(500, "steps between two image grids")
     checkpoint_every_steps: int = option(500, "steps between two checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints that are kept")
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept, besides the best one")
 
     def micro_batches(self, num_processes: int) -> tuple[int, int]:
         """(number of micro-batches, images in each) for ``num_processes``; raises UserError if they do not divide."""
@@ -72,6 +77,7 @@ MAY_CHANGE = (
     "run.preview_every_steps",
     "run.checkpoint_every_steps",
     "run.keep_checkpoints",
+    "evaluation.*",  # it reads weights and draws with seeds of its own
 )
 
 
@@ -99,8 +105,10 @@ def add_precision_flag(parser: argparse.ArgumentParser) -> None:
 
 def describe_machine(accelerator: Accelerator) -> dict[str, Any]:
     """On what a number was computed, for the record of an evaluation."""
+    gpu = {"gpu": torch.cuda.get_device_name(accelerator.device)} if accelerator.device.type == "cuda" else {}
     return {
         "device": str(accelerator.device),
+        **gpu,
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -130,7 +138,7 @@ class Session:
         if accelerator.is_main_process:
             RunFolder.create_or_resume(self.run.path, to_yaml(config), MAY_CHANGE)
         accelerator.wait_for_everyone()
-        self.first_step, self._seconds_before = self._resume()
+        self.first_step, self._seconds_before, self._best = self._resume()
         self._tracker = Tracker(self.run, accelerator.is_main_process, self.first_step)
         self._started = time.monotonic()
         self._terms: list[tuple[int, dict[str, Tensor]]] = []
@@ -160,10 +168,11 @@ class Session:
                 rank = self._accelerator.process_index
                 torch.manual_seed(generator("cpu", settings.seed, "global", step, rank).initial_seed())
                 yield step
-                last = step == settings.num_steps
-                if last or step % settings.log_every_steps == 0 or step % settings.checkpoint_every_steps == 0:
+                last, best = step == settings.num_steps, self._best is not None and self._best.step == step
+                saved = best or step % settings.checkpoint_every_steps == 0
+                if last or saved or step % settings.log_every_steps == 0:
                     self._log(bar)
-                if not last and step % settings.checkpoint_every_steps == 0:
+                if saved and not last:
                     self._save(step, {})
 
     def record(self, step: int, terms: dict[str, Tensor]) -> None:
@@ -172,12 +181,33 @@ class Session:
 
     def wants_preview(self, step: int) -> bool:
         """Whether it is time for an image grid, on the main process."""
-        due = step % self._settings.preview_every_steps == 0 or step == self._settings.num_steps
-        return due and self._accelerator.is_main_process
+        return self.is_due(step, self._settings.preview_every_steps) and self._accelerator.is_main_process
+
+    def is_due(self, step: int, every_steps: int) -> bool:
+        """Whether something that is done every so many steps, and after the last one, is to be done now."""
+        return step % every_steps == 0 or step == self._settings.num_steps
 
     def preview(self, step: int, name: str, images: Tensor, columns: int) -> None:
         """Log uint8 images (N, C, H, W) as one grid."""
         self._tracker.log_images(step, name, images, columns)
+
+    def log_evaluation(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Log what was measured after a step, as a row of its own."""
+        self._tracker.log_scalars(step, step * self._settings.batch_size, scalars)
+
+    def keep_best(self, step: int, name: str, value: float, better: Literal["lower", "higher"]) -> bool:
+        """Have this step's checkpoint kept as the best if ``value`` of the metric ``name`` is better than all before.
+
+        To be called by all processes in the turn of the step, whose checkpoint is saved when the turn ends; the
+        ``value`` of the main process counts. A value that is not finite is never best, and the first one of
+        another metric than before always.
+        """
+        (value,) = broadcast_object_list([value])
+        former = self._best.value if self._best is not None and self._best.metric == name else None
+        ahead = former is None or (value < former if better == "lower" else value > former)
+        if math.isfinite(value) and ahead:
+            self._best = Best(step, name, value)
+        return self._best is not None and self._best.step == step
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Save the last checkpoint, with ``results`` in its description, and the run's summary."""
@@ -187,16 +217,21 @@ class Session:
             self.run.write_summary(summary)
         self._tracker.close()
 
-    def _resume(self) -> tuple[int, float]:
-        """Load the latest checkpoint into the things; (its step, its seconds), or (0, 0) without one."""
+    def _resume(self) -> tuple[int, float, Best | None]:
+        """Load the latest checkpoint into the things; (its step, its seconds, the best so far), or (0, 0, None)."""
         latest = self.run.latest_checkpoint()
         if latest is None:
-            return 0, 0.0
+            return 0, 0.0, None
         for name, thing in self._things.items():
             load_thing(latest, name, thing)
         saved = read_description(latest)
         self._accelerator.print(f"resuming {self.run.path} after step {saved['step']:,}")
-        return saved["step"], saved["seconds"]
+        best = Best(**saved["best"]) if saved.get("best") else None
+        if best is not None and not self.run.has_checkpoint(best.step):
+            best = None  # somebody removed it
+        if best is not None and self._accelerator.is_main_process:
+            self.run.write_best(best)  # the run may have been killed just before it could
+        return saved["step"], saved["seconds"], best
 
     def _log(self, bar: ProgressBar) -> None:
         """Average the recorded terms over processes and steps, check that they are numbers, and write them."""
@@ -220,7 +255,12 @@ class Session:
     def _save(self, step: int, results: Mapping[str, Any]) -> None:
         num_images = step * self._settings.batch_size
         progress = {"step": step, "num_images": num_images, "seconds": round(self.seconds, 3)}
+        best = {} if self._best is None else {"best": self._best._asdict()}
         if self._accelerator.is_main_process:
-            save_checkpoint(self.run.checkpoint_path(step), self._things, {**self._description, **progress, **results})
-            self.run.prune_checkpoints(self._settings.keep_checkpoints)
+            description = {**self._description, **progress, **best, **results}
+            save_checkpoint(self.run.checkpoint_path(step), self._things, description)
+            if self._best is not None:
+                self.run.write_best(self._best)
+            protect = [] if self._best is None else [self.run.checkpoint_path(self._best.step)]
+            self.run.prune_checkpoints(self._settings.keep_checkpoints, protect)
         self._accelerator.wait_for_everyone()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
-from ldgan.engine.run import RunFolder, resolve_checkpoint
+from ldgan.engine.run import Best, RunFolder, resolve_checkpoint
 
 CONFIG = "total_steps: 100\nnetwork:\n  channels: 64\n  attention: [16, 8]\n"
 
@@ -52,6 +53,17 @@ def test_keys_that_may_change_are_updated(run: RunFolder) -> None:
     assert run.config_path.read_text() == longer
 
 
+def test_all_keys_of_a_section_may_change_and_a_run_may_be_older_than_the_section(run: RunFolder) -> None:
+    later = CONFIG + "logs:\n  every_steps: 10\n  names:\n    first: loss\n"
+    with pytest.raises(UserError, match=r"logs.every_steps: nothing in the run, 10 asked"):
+        RunFolder.create_or_resume(run.path, later)
+    for config in (later, later.replace("every_steps: 10", "every_steps: 20"), CONFIG):
+        RunFolder.create_or_resume(run.path, config, may_change=["logs.*"])
+        assert run.config_path.read_text() == config
+    with pytest.raises(UserError, match=r"network.channels: 64 in the run, 65 asked"):
+        RunFolder.create_or_resume(run.path, CONFIG.replace("64", "65"), may_change=["logs.*"])
+
+
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"not a run folder \(no config.yaml\)"):
@@ -89,6 +101,34 @@ def test_resolve_takes_a_run_or_a_checkpoint(run: RunFolder, tmp_path: Path) -> 
         resolve_checkpoint(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is neither a run nor a checkpoint; expected"):
         resolve_checkpoint(tmp_path)
+
+
+def test_the_best_checkpoint_has_a_name(run: RunFolder) -> None:
+    with pytest.raises(UserError, match=r"run/best: the run keeps no best checkpoint \(evaluation.best\); expected"):
+        resolve_checkpoint(run.path / "best")
+    save(run, 100, 200)
+    run.write_best(Best(100, "FID", 3.25))
+    assert resolve_checkpoint(run.path / "best") == run.checkpoint_path(100)
+    assert resolve_checkpoint(run.path) == run.checkpoint_path(200)
+    assert json.loads(run.best_path.read_text()) == {
+        "step": 100,
+        "metric": "FID",
+        "value": 3.25,
+        "checkpoint": "checkpoints/step_000000100",
+    }
+    run.prune_checkpoints(keep=1)
+    with pytest.raises(UserError, match="keeps no best checkpoint"):
+        resolve_checkpoint(run.path / "best")
+    for damaged in ("{", "[]", "{}", '{"step": null}'):
+        run.best_path.write_text(damaged)
+        with pytest.raises(UserError, match=r"best.json: damaged .*; name a checkpoint of the run instead"):
+            resolve_checkpoint(run.path / "best")
+
+
+def test_a_run_may_be_called_best(tmp_path: Path) -> None:
+    run = RunFolder.create_or_resume(tmp_path / "best", CONFIG)
+    save(run, 100)
+    assert resolve_checkpoint(run.path) == run.checkpoint_path(100)
 
 
 def test_summary_round_trip(run: RunFolder) -> None:

@@ -49,6 +49,21 @@ def test_both_places_get_the_numbers(run: RunFolder) -> None:
     ]
 
 
+def test_a_step_may_have_two_rows(run: RunFolder) -> None:
+    with Tracker(run, enabled=True) as tracker:
+        tracker.log_scalars(2, 16, {"loss": 0.5})
+        tracker.log_scalars(2, 16, {"Frechet distance (squeezenet)": 40.0})
+        tracker.log_scalars(3, 24, {"loss": 0.25})
+    with Tracker(run, enabled=True, resume_step=2):
+        pass
+    kept = [{key: value for key, value in row.items() if key != "seconds"} for row in rows(run)]
+    numbers = {"step": 2, "num_images": 16}
+    assert kept == [numbers | {"loss": 0.5}, numbers | {"Frechet distance (squeezenet)": 40.0}]
+    assert [(event.step, event.value) for event in tensorboard(run).Scalars("Frechet distance (squeezenet)")] == [
+        (2, 40.0)
+    ]
+
+
 def test_a_resumed_run_logs_each_step_once(run: RunFolder) -> None:
     log_steps(run, range(1, 6), loss=1.0)
     with run.metrics_path.open("a") as file:

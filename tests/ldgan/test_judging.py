@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from data_prep.sources import StackedMNIST
+from ldgan import judging
+from ldgan.engine.cli import UserError
 from ldgan.engine.shares import share
-from ldgan.judging import REAL_IMAGES_SEED, count_modes, judge_images, real_images
-from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
-from ldgan.metrics.modes import stacked_digits_to_modes
+from ldgan.judging import REAL_IMAGES_SEED, Judgement, digit_network, judge_images, open_features, real_images
+from ldgan.metrics.digits import DigitClassifier, TrainedClassifier, classify
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,8 @@ def images() -> Tensor:
 
 def test_one_pass_says_what_classifier_and_mode_reader_say(judge: TrainedClassifier, images: Tensor) -> None:
     judgement = judge_images(judge.model, images)
-    assert judgement.modes.tolist() == stacked_digits_to_modes(images, judge.model).tolist()
+    digits = classify(judge.model, images.flatten(0, 1)).reshape(-1, 3)
+    assert judgement.modes.tolist() == (digits @ [100, 10, 1]).tolist()
     assert len(set(judgement.digits.flatten().tolist())) > 1
     for channel in range(3):
         inputs = images[:, channel : channel + 1].double() / 127.5 - 1
@@ -60,7 +63,47 @@ def test_shares_of_real_images_are_all_of_them_once() -> None:
     assert not torch.equal(other, everything)
 
 
-def test_modes_are_counted_over_batches(judge: TrainedClassifier, images: Tensor) -> None:
-    coverage = count_modes(Accelerator(cpu=True), judge, images.split(7), 20)
-    assert coverage.num_images == 20
-    assert coverage.num_covered == len(set(judge_images(judge.model, images).modes.tolist()))
+def test_channels_are_hundreds_tens_and_ones() -> None:
+    modes = [0, 1, 10, 100, 123, 321, 907, 999]
+    digits = torch.tensor([[mode // 100, mode // 10 % 10, mode % 10] for mode in modes])
+    assert Judgement(digits, confidence=torch.empty(0), features=torch.empty(0)).modes.tolist() == modes
+
+
+def test_as_a_feature_network_it_gives_the_same_features_and_knows_all_modes(
+    judge: TrainedClassifier, images: Tensor
+) -> None:
+    network = digit_network(judge, "cpu")
+    assert (network.name, network.num_features, network.num_classes) == ("digit classifier", 192, 1000)
+    pooled, logits = network.features_and_logits(images)
+    judgement = judge_images(judge.model, images)
+    assert torch.equal(pooled, judgement.features)
+    assert torch.equal(logits.argmax(dim=1), judgement.modes)
+    channels = images.double().flatten(0, 1).unsqueeze(1) / 127.5 - 1
+    red, green, blue = judge.model(channels.float()).softmax(dim=1).double().unflatten(0, (20, 3)).unbind(dim=1)
+    for r, g, b in ((0, 0, 0), (1, 2, 3), (9, 4, 0), (9, 9, 9)):
+        expected = red[:, r] * green[:, g] * blue[:, b]
+        torch.testing.assert_close(logits[:, 100 * r + 10 * g + b].exp().double(), expected, rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(logits.exp().sum(dim=1), torch.ones(20))
+    names = [network.metric_name(metric) for metric in ("frechet_distance", "classifier_score")]
+    assert names == ["Frechet distance (digit classifier)", "classifier score (digit classifier)"]
+
+
+def test_it_reads_32_px_only(judge: TrainedClassifier) -> None:
+    with pytest.raises(UserError, match="digit classifier: images are 32x64 px, and it reads 32 px only"):
+        digit_network(judge, "cpu")(torch.zeros(1, 3, 32, 64, dtype=torch.uint8))
+
+
+def test_digits_are_a_name_among_feature_networks(
+    judge: TrainedClassifier, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(judging, "load_judge", lambda *arguments: asked.append(arguments) or judge)
+    source = {"digits": "torchvision", "digits_root": tmp_path, "digit_cache": tmp_path / "cache"}
+    network = open_features("digits", None, "cpu", **source)
+    assert asked == [(tmp_path / "cache", "torchvision", tmp_path)]
+    assert torch.equal(network(images), judge_images(judge.model, images).features)
+    with pytest.raises(UserError, match="feature network digits: is trained here and takes no weights; leave file out"):
+        open_features("digits", Path("file"), "cpu", **source)
+    with pytest.raises(UserError, match="no feature network 'digit'"):
+        open_features("digit", None, "cpu", **source)
+    assert len(asked) == 1

@@ -23,7 +23,6 @@ from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import enlarge, load_png
-from ldgan.evaluate import count_right, metric_names
 from ldgan.generation import Job, add_sampler_flags, generate, job_of, labels_of, open_model, sampler_of
 from ldgan.loading import DDPM, GAN, NETWORK, WEIGHTS, TrainedModel, build_unet
 from ldgan.networks import UNetConfig
@@ -283,15 +282,3 @@ def test_a_job_is_what_the_flags_say(runs: Path) -> None:
     assert (this.num_images, this.first_seed, this.batch_size) == (7, 5, 3)
     assert this.labels_of(range(4, 7)) == [3, 1, 3]
     assert this.sampler.guidance_scale == 2
-
-
-def test_digits_are_compared_with_those_of_the_label() -> None:
-    digits = torch.tensor([[1, 2, 3], [0, 0, 7], [9, 2, 9], [4, 5, 6]])
-    labels = torch.tensor([123, 107, 999, 0])
-    assert count_right(digits, labels).tolist() == [2, 2, 3, 1]  # red, green, blue, all three
-
-
-def test_metrics_are_a_list() -> None:
-    assert metric_names("modes,labels") == ["modes", "labels"]
-    with pytest.raises(argparse.ArgumentTypeError, match="no metric 'fid', only modes and labels"):
-        metric_names("modes,fid")
