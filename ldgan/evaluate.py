@@ -94,11 +94,12 @@ def main() -> None:
     features = open_feature_metrics(flags, accelerator, subject) if FEATURE_METRICS & set(flags.metrics) else None
     digits = open_digit_metrics(flags, accelerator, subject) if DIGIT_METRICS & set(flags.metrics) else None
 
+    described = subject.describe() if accelerator.is_main_process else {}  # may find files that cannot be hashed
     result, pictures = measure(accelerator, subject, features, digits, flags.batch_size)
     if "time" in flags.metrics and subject.job is not None and accelerator.is_main_process:
         result["time"] = time_subject(subject.job, accelerator, flags.batch_size)
     if accelerator.is_main_process:
-        result = {"metric": ",".join(flags.metrics), **subject.describe(), **result}
+        result = {"metric": ",".join(flags.metrics), **described, **result}
         if subject.checkpoint is not None:
             result["stage_seconds"] = stage_seconds(subject.checkpoint)
         result["conditions"] = conditions(accelerator, flags)
@@ -107,6 +108,8 @@ def main() -> None:
         print(f"{RESULT_FILE} and pictures in {folder}")
         if subject.checkpoint is not None:
             print(f"a line in {append_evaluation(subject.home, result)}")
+    if accelerator.device.type == "cpu":
+        accelerator.end_training()  # a process that just exits, before the main one, may be aborted by gloo's threads
 
 
 @dataclass(frozen=True)

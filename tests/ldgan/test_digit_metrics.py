@@ -171,6 +171,7 @@ def main(out: Path) -> None:
     """What each process knows at the end."""
     accelerator = make_accelerator("fp32", num_threads=1)
     (out / f"{accelerator.process_index}.json").write_text(json.dumps(counted(accelerator, 4)))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+from data_prep.make_shards import write_shards
+from data_prep.sources import ImageFolder
 from ldgan import evaluate, sample
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
@@ -33,6 +35,7 @@ from ldgan.feature_metrics import GAP
 from ldgan.image_sets import open_images
 from ldgan.judging import judge_images
 from ldgan.loading import GAN, WEIGHTS, build_unet, load_model
+from ldgan.metrics.classifier_score import classifier_score
 from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
 from ldgan.metrics.features import FeatureNetwork, feature_network
 from ldgan.metrics.frechet import FeatureStatistics, GaussianFit, frechet_distance
@@ -212,6 +215,7 @@ def test_the_result_holds_all_conditions(command: Command, folder: Path, network
     assert found == prepared
     assert result["images"]["path"] == str(folder / "samples")
     assert (result["num_images"], result["metric"], result["checkpoint"]) == (7, "fid", None)
+    assert result["images"]["fingerprint"] == open_images(folder / "samples").fingerprint(7)
     assert result["notes"]["resized"] == 7
     reference = result["reference"]
     assert (reference["path"], reference["num_images"]) == (str(folder / "real"), 12)
@@ -307,6 +311,27 @@ def test_an_evaluation_of_a_run_is_kept_in_it_with_times(
     printed = capsys.readouterr().out
     assert "Time for an image on cpu" in printed
     assert f"a line in {run / 'evaluations.jsonl'}" in printed
+
+
+def test_a_classifier_score_needs_no_real_images(command: Command, folder: Path, network: FeatureNetwork) -> None:
+    result = command("--images", folder / "real", *features(folder), "--metrics", "is")
+    score = classifier_score(network.features_and_logits(pixels(folder / "real", range(NUM_REAL))).logits)
+    (metric,) = result["metrics"]
+    assert metric["name"] == f"classifier score ({TINY})"
+    assert (metric["value"], metric["std"]) == pytest.approx((score.mean, score.std), rel=1e-4)
+    assert "reference" not in result
+
+
+def test_shards_are_measured_as_the_folder_they_were_made_of(command: Command, folder: Path, tmp_path: Path) -> None:
+    for name in ("samples", "real"):
+        write_shards(ImageFolder(folder / name), tmp_path / name, resolution=8, samples_per_shard=4)
+    flags = ("--metrics", "fid,neighbours", *features(folder))
+    shards = command("--images", tmp_path / "samples", "--reference", tmp_path / "real", *flags, out="shards")
+    assert values(shards) == pytest.approx(values(command(*files(folder), "--metrics", "fid")), rel=1e-4)
+    assert shards["reference"]["fingerprint"] == open_images(tmp_path / "real").fingerprint()
+    picture = load_png(tmp_path / "shards" / "nearest_pairs.png")[:, :96:12]
+    nearest = picture[:, :, 96 + GAP :][:, :, :96:12]
+    assert any(torch.equal(nearest, image) for image in pixels(folder / "real", [13, 4]))
 
 
 def test_the_time_alone_is_of_no_number_of_images(command: Command, run: Path) -> None:

@@ -251,6 +251,7 @@ def main(out: Path) -> None:
         rows = torch.full((counts[rank], 3), rank)
         gathered.append((gather_rows(accelerator, rows[:, 0].float()), gather_rows(accelerator, rows)))
     torch.save({"num_read": num_read, "collected": results, "gathered": gathered}, out / f"{rank}.pt")
+    accelerator.end_training()
 
 
 def normal(num_images: int, shift: float, scale: float, seed: int) -> Tensor:

@@ -194,7 +194,8 @@ def test_a_cache_of_other_pixels_or_another_size_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("num_kept", "unreadable"), [(1000, {0, 4, 10}), (5, {1, 4}), (5, {4, 8}), (2, {0, 1}), (3, {9})]
+    ("num_kept", "unreadable"),
+    [(1000, {0, 4, 10}), (9, {0, 4, 10}), (8, {0, 4, 10}), (5, {1, 4}), (5, {4, 8}), (2, {0, 1}), (3, {9})],
 )
 def test_rows_of_a_cache_are_still_those_of_their_images_where_some_are_unreadable(
     tmp_path: Path, folder: Path, measure: Callable[..., Any], num_kept: int, unreadable: set[int]
@@ -205,7 +206,8 @@ def test_rows_of_a_cache_are_still_those_of_their_images_where_some_are_unreadab
     first, first_seen = measure(cache=cache, num_kept=num_kept, num_images=num_images)
     again, again_seen = measure(cache=cache, num_kept=num_kept, num_images=num_images)
     assert (first_seen, again_seen) == (num_images, 0)
-    numbers = [number for number in range(NUM_IMAGES) if number not in unreadable and number < num_kept]
+    end = num_kept if num_kept < num_images else NUM_IMAGES  # all are kept where there are no more
+    numbers = [number for number in range(end) if number not in unreadable]
     for measured in (first, again):
         assert measured.features.numbers.tolist() == numbers
         assert measured.features.num_images == num_images
