@@ -29,11 +29,6 @@ class Picture(NamedTuple):
     conversions: tuple[str, ...]
 
 
-def read_rgb(image: Path | np.ndarray) -> Image.Image:
-    """Return ``image``, a file or uint8 pixels (H, W, 3), upright and as 8-bit RGB; see `read_picture`."""
-    return Image.fromarray(image) if isinstance(image, np.ndarray) else read_picture(image).image
-
-
 def read_picture(file: Path | BinaryIO, max_pixels: int | None = None) -> Picture:
     """Decode an image file.
 
@@ -72,13 +67,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, resolution: int, resize_filter: str = "lanczos") -> Image.Image:
-    """Scale the short side to ``resolution`` pixels and keep the central square.
+def resize_and_crop(
+    image: Image.Image, resolution: int, resize_filter: str = "lanczos", position: float = 0.5
+) -> Image.Image:
+    """Scale the short side to ``resolution`` pixels and keep a square, the central one unless told otherwise.
 
-    ``resize_filter`` is one of `RESIZE_FILTERS`; all are antialiased when they scale down.
+    ``resize_filter`` is one of `RESIZE_FILTERS`; all are antialiased when they scale down. ``position`` says where
+    along the long side the square lies, from 0 (left or top) to 1 (right or bottom).
     """
     side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    left, top = (image.width - side) * position, (image.height - side) * position
     # A box crops and scales at once: no panorama is scaled as a whole, and the crop is exact to sub-pixels.
     box = (left, top, left + side, top + side)
     return image.resize((resolution, resolution), RESIZE_FILTERS[resize_filter], box=box)

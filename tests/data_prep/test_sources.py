@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.images import encode_image, read_rgb, resize_and_crop
-from data_prep.sources import MNIST, ImageFolder, Split, StackedMNIST, load_digits
+from data_prep import sources
+from data_prep.images import encode_image, read_picture, resize_and_crop
+from data_prep.sources import MNIST, FilePart, ImageFolder, Split, StackedMNIST, load_digits
 from ldgan.engine.cli import UserError
 
 RED = (255, 0, 0)
@@ -20,7 +22,7 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
 
 
 def pixel(path: Path, x: int = 0, y: int = 0) -> tuple[int, ...]:
-    image = read_rgb(path)
+    image = read_picture(path).image
     assert image.mode == "RGB"
     return image.getpixel((x, y))
 
@@ -94,8 +96,8 @@ def test_the_text_file_beside_an_image_is_its_caption(tmp_path):
     save(tmp_path / "a.b.png", Image.new("RGB", (4, 4)))
     save(tmp_path / "c.png", Image.new("RGB", (4, 4)))
     (tmp_path / "a.b.txt").write_text("a caption")
-    captions = {sample.name: sample.caption_file for sample in ImageFolder(tmp_path)}
-    assert captions == {"a.b.png": tmp_path / "a.b.txt", "c.png": None}
+    captions = {sample.name: sample.caption and sample.caption.read() for sample in ImageFolder(tmp_path)}
+    assert captions == {"a.b.png": b"a caption", "c.png": None}
 
 
 def test_the_order_is_a_permutation_drawn_from_the_seed(tmp_path):
@@ -118,6 +120,32 @@ def test_folders_that_make_no_sense_are_refused(tmp_path):
     save(tmp_path / "cats" / "1.png", Image.new("L", (1, 1)))
     with pytest.raises(UserError, match=r"1 image\(s\) beside its class folders \(loose.png, say\)"):
         ImageFolder(tmp_path)
+
+
+# --- Bytes of files -----------------------------------------------------------------------------------------
+
+
+def test_a_part_of_a_file_is_those_bytes_and_no_others(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    assert FilePart(path).read() == b"0123456789"
+    assert FilePart(path, 3, 4).read() == b"3456"
+    assert FilePart(path, 7).read() == b"789"
+    with pytest.raises(ValueError, match="x ends too early"):
+        FilePart(path, 7, 4).read()
+
+
+def test_files_that_are_too_large_or_never_end_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_CONTENT_BYTES", 9)
+    path = tmp_path / "x"
+    path.write_bytes(b"0123456789")
+    assert FilePart(path, 1).read() == b"123456789"
+    for part in (FilePart(path), FilePart(path, 0, 10)):
+        with pytest.raises(ValueError, match="10 bytes; at most 9 are read"):
+            part.read()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a file"):
+        FilePart(tmp_path / "pipe").read()
 
 
 # --- Pixels -------------------------------------------------------------------------------------------------
@@ -156,14 +184,14 @@ def test_cmyk_jpegs_are_converted(tmp_path):
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     wide = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    image = read_rgb(save(tmp_path / "x.png", Image.fromarray(wide)))
+    image = read_picture(save(tmp_path / "x.png", Image.fromarray(wide))).image
     np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 1, 128, 255])
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
     path = save(tmp_path / "x.tif", Image.fromarray(np.zeros((2, 2), np.float32)))
     with pytest.raises(ValueError, match="no agreed range"):
-        read_rgb(path)
+        read_picture(path)
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -171,7 +199,7 @@ def test_exif_orientation_is_applied(tmp_path):
     image.putpixel((0, 0), RED)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held on its side: show it turned clockwise
-    upright = read_rgb(save(tmp_path / "x.png", image, exif=exif))
+    upright = read_picture(save(tmp_path / "x.png", image, exif=exif)).image
     assert upright.size == (1, 2)
     assert upright.getpixel((0, 0)) == RED
 
@@ -181,6 +209,16 @@ def test_the_crop_is_central_and_the_right_size_is_left_alone():
     np.testing.assert_array_equal(resize_and_crop(Image.fromarray(pixels), 8), pixels)
     wide = np.concatenate([np.zeros_like(pixels), pixels, np.zeros_like(pixels)], axis=1)
     np.testing.assert_array_equal(resize_and_crop(Image.fromarray(wide), 8), pixels)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_crop_lies_where_it_was_asked_for(turned):
+    stripe = np.repeat(np.arange(16, dtype=np.uint8)[None, :, None], 8, axis=0).repeat(3, axis=2)  # 8 x 16
+    image = Image.fromarray(stripe.swapaxes(0, 1) if turned else stripe)
+    for position, first in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        square = np.asarray(resize_and_crop(image, 8, position=position))
+        line = square[:, 0, 0] if turned else square[0, :, 0]
+        np.testing.assert_array_equal(line, np.arange(first, first + 8))
 
 
 def test_downscaling_is_antialiased():

@@ -1,0 +1,260 @@
+"""Check a shard set against its manifest, and say what is wrong where. Exit status 0: nothing; 1: something."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
+    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import io
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_prep.images import IMAGE_FORMATS, image_member
+from data_prep.shards import MANIFEST_NAME, Manifest, ShardInfo, member_name, tar_members
+from data_prep.workers import map_in_processes
+from ldgan.engine import cli
+from ldgan.engine.cli import UserError
+from ldgan.engine.progress import progress_bar
+
+EXAMPLES = """\
+what is checked:
+  that the shards of the manifest are there, and no others; their sizes, SHA-256 and samples; that each sample has one
+  image of the manifest's size (or latents of its shape), a label that is a class, and a caption in UTF-8
+
+examples:
+  # All bytes are read and hashed; of images the headers are looked at
+  python data_prep/check_shards.py data/photos256
+
+  # Every image is decoded too
+  python data_prep/check_shards.py data/photos256 --decode --workers 8
+"""
+
+
+class ExpectedShard(NamedTuple):
+    """What the manifest says of a shard. ``details`` and ``num_classes`` (None: not known) are those of the set."""
+
+    folder: Path
+    info: ShardInfo
+    first_index: int
+    kind: str
+    details: Mapping[str, Any]
+    num_classes: int | None
+    decode: bool
+
+    @property
+    def numbers(self) -> range:
+        """The samples that belong here."""
+        return range(self.first_index, self.first_index + self.info.num_samples)
+
+
+class ShardReport(NamedTuple):
+    """What was found: problems, one line each, and how many captions."""
+
+    problems: list[str]
+    num_captions: int
+
+
+def find_problems(folder: Path, manifest: Manifest, *, decode: bool = False, num_workers: int = 1) -> Iterator[str]:
+    """Yield a line for each thing that is wrong with a shard set: the file, the sample, and what.
+
+    With ``decode`` every image is decoded; without, its header is read. Shows a progress bar.
+    """
+    yield from _wrong_files(folder, manifest)
+    num_captions = 0
+    with progress_bar("checking", manifest.num_samples, "samples") as progress:
+        shards = list(_expected_shards(folder, manifest, decode))
+        for shard, report in zip(shards, map_in_processes(check_shard, shards, num_workers)):
+            yield from report.problems
+            num_captions += report.num_captions
+            progress.advance(shard.info.num_samples)
+    if manifest.has_captions != (num_captions > 0):
+        yield f'{MANIFEST_NAME}: "has_captions" is {manifest.has_captions}, but {num_captions:,} samples have one'
+
+
+def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Shards that should not be there; a missing one is found when it is read."""
+    names = Counter(shard.name for shard in manifest.shards)
+    yield from (f"{MANIFEST_NAME}: lists {name} {count} times" for name, count in names.items() if count > 1)
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in names:
+            yield f"{path.name}: is not in the manifest"
+
+
+def _expected_shards(folder: Path, manifest: Manifest, decode: bool) -> Iterator[ExpectedShard]:
+    num_classes = len(manifest.class_names) if manifest.class_names is not None else None
+    first_indices = itertools.accumulate((shard.num_samples for shard in manifest.shards), initial=0)
+    for info, first_index in zip(manifest.shards, first_indices):
+        yield ExpectedShard(folder, info, first_index, manifest.kind, manifest.details, num_classes, decode)
+
+
+def check_shard(shard: ExpectedShard) -> ShardReport:
+    """Check one shard; runs in a worker process."""
+    path = shard.folder / shard.info.name
+    try:
+        found = ShardInfo.of_file(path, shard.info.num_samples)
+    except OSError as error:
+        return ShardReport([f"{path.name}: cannot be read ({error.strerror})"], 0)
+    problems = list(_wrong_bytes(found, shard.info))
+    numbers, num_captions = [], 0
+    for number, sample in itertools.groupby(
+        _members(path, found.num_bytes, problems), key=lambda member: member.number
+    ):
+        members = _one_of_each(number, sample, path, problems)
+        numbers.append(number)
+        num_captions += "txt" in members
+        problems += [f"{path.name}, sample {number:09d}: {problem}" for problem in _wrong_content(members, shard)]
+    problems += [f"{path.name}: {problem}" for problem in _wrong_samples(numbers, shard.numbers)]
+    return ShardReport(problems, num_captions)
+
+
+def _wrong_bytes(found: ShardInfo, expected: ShardInfo) -> Iterator[str]:
+    if found.num_bytes != expected.num_bytes:
+        yield f"{found.name}: {found.num_bytes:,} bytes, not {expected.num_bytes:,} as in the manifest"
+    elif found.sha256 != expected.sha256:
+        yield f"{found.name}: its SHA-256 is not that in the manifest"
+
+
+class _Member(NamedTuple):
+    number: int  # of the sample
+    extension: str
+    content: bytes
+
+
+def _members(path: Path, num_bytes: int, problems: list[str]) -> Iterator[_Member]:
+    """Yield the members of a tar of ``num_bytes`` up to its end or damage; adds to ``problems``."""
+    with path.open("rb") as file:
+        try:
+            for member in tar_members(file):
+                name = member_name(member)
+                if member.offset_data + member.size > num_bytes:
+                    raise ValueError(f"ends within member {member.name}")
+                if name is None:
+                    problems.append(f"{path.name}: unexpected member {member.name!r}")
+                else:
+                    # pread leaves the file's position to the reader of the headers.
+                    content = os.pread(file.fileno(), member.size, member.offset_data)
+                    yield _Member(name.number, name.extension, content)
+        except Exception as error:  # tarfile raises nearly anything on damaged headers
+            problems.append(f"{path.name}: {error}")
+
+
+def _one_of_each(number: int, sample: Iterator[_Member], path: Path, problems: list[str]) -> dict[str, bytes]:
+    """The content of a sample's members by extension; adds to ``problems``."""
+    members: dict[str, bytes] = {}
+    for member in sample:
+        if member.extension in members:
+            problems.append(f"{path.name}, sample {number:09d}: {member.extension} is there twice")
+        members[member.extension] = member.content
+    return members
+
+
+def _wrong_samples(found: list[int], expected: range) -> Iterator[str]:
+    """Compare the numbers of a shard's samples with those it should have."""
+    foreign = [number for number in found if number not in expected]
+    # Whatever number of samples a manifest claims, no more memory is used than for those that were found.
+    there = set(found).difference(foreign)
+    if num_missing := len(expected) - len(there):
+        first = next(number for number in expected if number not in there)
+        yield f"{num_missing:,} of its {len(expected):,} samples are missing, the first is {first:09d}"
+    if foreign:
+        yield f"{len(foreign):,} samples belong elsewhere, the first is {foreign[0]:09d}"
+    if not num_missing and not foreign and found != list(expected):
+        yield "its samples are not in order, or some are there twice"
+
+
+def _wrong_content(members: Mapping[str, bytes], shard: ExpectedShard) -> Iterator[str]:
+    """Say what is wrong with a sample."""
+    content = ("image", _check_image) if shard.kind == "images" else ("latents", _check_latents)
+    for what, check in (content, ("label", _check_label), ("caption", _check_caption)):
+        try:
+            check(members, shard)
+        except Exception as error:  # decoders raise nearly anything on damaged bytes
+            yield f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def _check_image(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
+    extension, content = image_member(members)
+    if others := (IMAGE_FORMATS.keys() & members.keys()) - {extension}:
+        raise ValueError(f"{', '.join(sorted(others))} beside {extension}")
+    side = shard.details.get("resolution")
+    with Image.open(io.BytesIO(content), formats=[IMAGE_FORMATS[extension]]) as image:
+        if side is not None and image.size != (side, side):
+            raise ValueError(f"{image.width} x {image.height} pixels, not {side} x {side} as in the manifest")
+        if shard.decode:
+            image.load()
+
+
+def _check_latents(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
+    """Moments are (2C, h, w), mean and standard deviation, or a pair of these; see `data_prep.loader.LatentDataset`."""
+    if "npy" not in members:
+        raise ValueError(f"no npy among its members: {', '.join(members)}")
+    moments = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
+    if moments.ndim not in (3, 4) or not np.issubdtype(moments.dtype, np.floating):
+        raise ValueError(f"an array of {moments.dtype} of shape {moments.shape}")
+    if (shape := shard.details.get("latent_shape")) is not None:
+        channels, *sides = shape
+        if moments.shape[-3:] != (2 * channels, *sides):
+            raise ValueError(f"moments of shape {moments.shape}, not of latents {tuple(shape)} as in the manifest")
+    if not np.isfinite(moments).all():
+        raise ValueError("numbers that are not finite")
+
+
+def _check_label(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
+    if "cls" not in members:
+        return
+    label = int(members["cls"])
+    if label < 0 or (shard.num_classes is not None and label >= shard.num_classes):
+        upper = f"to {shard.num_classes - 1}" if shard.num_classes is not None else "on"
+        raise ValueError(f"{label} is not from 0 {upper}")
+
+
+def _check_caption(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
+    members.get("txt", b"").decode("utf-8")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("data", type=Path, help="a folder of shards, of images or latents")
+    add("--decode", action="store_true", help="decode every image (default: look at its header)")
+    add("--workers", type=cli.positive, default=os.cpu_count(), metavar="N", help="processes (default: one per core)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    if not args.data.is_dir():
+        raise UserError(f"{args.data} is not a folder; give a folder of shards")
+    try:
+        manifest = Manifest.read(args.data)
+    except UserError as error:
+        print(error)
+        sys.exit(1)
+    num_problems = 0
+    for problem in find_problems(args.data, manifest, decode=args.decode, num_workers=args.workers):
+        print(problem, flush=True)
+        num_problems += 1
+    verdict = f"{num_problems:,} problems" if num_problems else "nothing is wrong"
+    num_shards, num_samples, num_megabytes = len(manifest.shards), manifest.num_samples, manifest.num_bytes / 1e6
+    print(f"checked {num_shards:,} shards, {num_samples:,} samples, {num_megabytes:,.1f} MB: {verdict}")
+    sys.exit(1 if num_problems else 0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

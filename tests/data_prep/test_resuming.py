@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import preparation
+from data_prep.preparation import write_shards
+from data_prep.resuming import JOURNAL_NAME
+from data_prep.shards import Manifest
+from data_prep.sources import ImageFolder, RawSample
+from ldgan.engine.cli import UserError
+
+NUM_IMAGES = 60
+HOW = {"resolution": 8, "samples_per_shard": 5, "deduplicate": True, "min_side": 6}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty images in two classes: some too small, some there twice, some no image; with captions."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        folder = root / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        seed = number // 2 if number % 7 == 0 else number
+        side = 5 if number % 11 == 0 else 8
+        pixels = np.random.default_rng(seed).integers(256, size=(side, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        if number % 13 == 0:
+            (folder / f"{number}.png").write_bytes(rng.bytes(50))
+        (folder / f"{number}.txt").write_text(f"number {number}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "set"
+    manifest = write_shards(ImageFolder(photos), out, **HOW)
+    assert all(count > 1 for count in manifest.details["rejected"].values())
+    return out
+
+
+class Stopping(ImageFolder):
+    """A folder whose reading is interrupted before sample ``stop``."""
+
+    def __init__(self, root: Path, stop: int) -> None:
+        super().__init__(root)
+        self._stop = stop
+
+    def __iter__(self) -> Iterator[RawSample]:
+        for number, sample in enumerate(super().__iter__()):
+            if number == self._stop:
+                raise KeyboardInterrupt
+            yield sample
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file of a set; of the manifest all but the time it took."""
+    files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["manifest.json"] = json.loads(files["manifest.json"]) | {"seconds": None}
+    return files
+
+
+@pytest.mark.parametrize("stops", [(0,), (16,), (32, 32), (16, 32, 48), (59,)])
+def test_a_set_begun_several_times_has_the_bytes_of_one_written_at_once(photos, undisturbed, tmp_path, stops):
+    out = tmp_path / "set"
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            write_shards(Stopping(photos, stop), out, **HOW)
+        assert not out.exists()
+    write_shards(ImageFolder(photos), out, **HOW)
+    assert contents(out) == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_what_is_finished_is_not_read_again(photos, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+    lines = (tmp_path / ".set.partial" / JOURNAL_NAME).read_text().splitlines()
+    num_read = json.loads(lines[-1])["notes"]["num_read"]
+    prepared: list[str] = []
+    prepare = preparation._prepare_one
+    monkeypatch.setattr(
+        preparation, "_prepare_one", lambda sample, *how: prepared.append(sample.name) or prepare(sample, *how)
+    )
+    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    assert prepared == [sample.name for sample in ImageFolder(photos)][num_read:]
+    assert num_read > 20
+
+
+def test_a_run_killed_at_any_moment_is_gone_on_with(photos, undisturbed, tmp_path):
+    generator = random.Random(0)
+    context = multiprocessing.get_context("fork")
+    num_killed = 0
+    for _ in range(12):
+        process = context.Process(target=_write_slowly, args=(photos, tmp_path / "set"))
+        process.start()
+        time.sleep(generator.uniform(0.01, 0.15))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        num_killed += process.exitcode == -signal.SIGKILL
+        if (tmp_path / "set").exists():
+            break
+    assert num_killed >= 2
+    if not (tmp_path / "set").exists():
+        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    assert contents(tmp_path / "set") == contents(undisturbed)
+
+
+def _write_slowly(photos: Path, out: Path) -> None:
+    prepare = preparation._prepare_one
+    preparation._prepare_one = lambda sample, *how: time.sleep(0.01) or prepare(sample, *how)
+    preparation.CHUNK_SAMPLES = 1
+    write_shards(ImageFolder(photos), out, **HOW)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_line_that_was_being_written_counts_for_nothing(photos, undisturbed, tmp_path, kept):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 48), tmp_path / "set", **HOW)
+    journal = tmp_path / ".set.partial" / JOURNAL_NAME
+    text = journal.read_text()
+    journal.write_text(text[: int(kept * len(text))])
+    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    assert contents(tmp_path / "set") == contents(undisturbed)
+
+
+@pytest.mark.parametrize("change", [{"resolution": 4}, {"samples_per_shard": 6}, {"quality": 3}, {"seed": 1}])
+def test_other_settings_are_not_mixed_in(photos, tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+    ((key, value),) = change.items()
+    with pytest.raises(UserError, match=rf"\.set\.partial is an unfinished set with another {key} \(.*, now {value}\)"):
+        write_shards(ImageFolder(photos), tmp_path / "set", **HOW | change)
+    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+
+
+def test_a_source_that_changed_meanwhile_is_noticed(photos, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+    with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
+        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+    with pytest.raises(UserError, match="another num_raw_images"):
+        write_shards(ImageFolder(photos, num_images=50), tmp_path / "set", **HOW)
+    shard = tmp_path / ".set.partial" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"shard-000001.tar has been damaged since it was written"):
+        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+
+
+def test_a_damaged_journal_is_named(photos, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+    journal = tmp_path / ".set.partial" / JOURNAL_NAME
+    settings, *finished = journal.read_text().splitlines()
+    for line in ("not JSON", "[]", "{}", '{"shard": {}}'):
+        journal.write_text("\n".join([settings, line, *finished]) + "\n")
+        with pytest.raises(UserError, match=r"\.unfinished\.jsonl is damaged .* to begin anew"):
+            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+
+
+def test_two_processes_do_not_write_one_set(photos, tmp_path):
+    class Second(ImageFolder):
+        def __iter__(self) -> Iterator[RawSample]:
+            with pytest.raises(UserError, match="another process is writing"):
+                write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+            yield from super().__iter__()
+
+    write_shards(Second(photos), tmp_path / "set", **HOW)
+    assert Manifest.read(tmp_path / "set").num_samples > 30
