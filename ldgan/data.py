@@ -20,6 +20,7 @@ from data_prep.loader import ImageDataset, LatentDataset
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option
+from ldgan.engine.files import new_folder
 from ldgan.loading import AUTOENCODER_FOLDER
 
 
@@ -144,7 +145,8 @@ def open_data(config: DataConfig, accelerator: Accelerator) -> tuple[DataSource,
     if config.latent and config.autoencoder is not None:
         autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
     source = open_source(config.data, autoencoder, flips=config.flips, sample_posterior=config.sample_posterior)
-    accelerator.print(f"{config.data}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
+    folder = source.dataset.shards.folder  # a URL without its password
+    accelerator.print(f"{folder}: {len(source.dataset):,} samples of shape {source.shape}: {source.description}")
     return source, autoencoder
 
 
@@ -160,7 +162,9 @@ def open_source(
     details = shards.manifest.details
     if autoencoder is None:
         if shards.manifest.kind == "latents":
-            raise UserError(f"{folder}: holds latents; give --latent and autoencoder=RUN, or a folder of image shards")
+            raise UserError(
+                f"{shards.folder}: holds latents; give --latent and autoencoder=RUN, or a folder of image shards"
+            )
         return Pixels(ImageDataset(shards), (3, details["resolution"], details["resolution"]))
     if shards.manifest.kind == "latents":
         check_latents(shards, autoencoder, flips=flips)
@@ -195,10 +199,13 @@ def describe_run(
 def keep_autoencoder(config: DataConfig, run: Path, accelerator: Accelerator) -> None:
     """Copy a run's autoencoder, with its light decoder if it has one, into the run: it can then make images alone."""
     folder = run / AUTOENCODER_FOLDER
-    if config.latent and config.autoencoder is not None and accelerator.is_main_process and not folder.exists():
-        copy_autoencoder(Path(config.autoencoder), folder)
-        if (light_decoder := light_decoder_folder(Path(config.autoencoder))).exists():
-            shutil.copytree(light_decoder, light_decoder_folder(folder))
+    if config.latent and config.autoencoder is not None and accelerator.is_main_process:
+        if not folder.exists():
+            copy_autoencoder(Path(config.autoencoder), folder)
+        light_decoder, copy = map(light_decoder_folder, (Path(config.autoencoder), folder))
+        if light_decoder.exists() and not copy.exists():
+            with new_folder(copy) as temporary:
+                shutil.copytree(light_decoder, temporary, dirs_exist_ok=True)
     accelerator.wait_for_everyone()
 
 

@@ -1,8 +1,8 @@
 """A checkpoint: a folder of named stateful things that describes itself.
 
 ``checkpoint.json`` holds the description (step, config ...), library versions, and for each thing the size
-and SHA-256 of its file and the part of its state that is not tensors. Tensors are in ``<name>.safetensors``.
-Nothing is pickled.
+and SHA-256 of its file and the part of its state that is not tensors; last comes the SHA-256 of all this. Tensors
+are in ``<name>.safetensors``. Nothing is pickled, and nothing that is read is believed before it was checked.
 """
 
 from __future__ import annotations
@@ -26,6 +26,18 @@ from ldgan.engine.weights import check_fit
 
 FORMAT = "ldgan-checkpoint/1"
 DESCRIPTION_FILE = "checkpoint.json"
+MAX_DESCRIPTION_BYTES = 64 * 2**20  # a thousand times what our largest networks need
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not as it was written: something is missing, cut short or altered.
+
+    ``reason`` says what is wrong where, without the advice that the message ends in.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; use another checkpoint")
+        self.reason = reason
 
 
 class Stateful(Protocol):
@@ -49,32 +61,46 @@ def save_checkpoint(folder: Path, things: Mapping[str, Stateful], description: M
     """
     if folder.exists():
         raise UserError(f"{folder}: exists, and a checkpoint is never overwritten; remove it or save elsewhere")
-    if reserved := {"format", "libraries", "things"} & set(description):
+    if reserved := {"format", "libraries", "things", "sha256"} & set(description):
         raise ValueError(f"names reserved by the checkpoint format: {sorted(reserved)}")
     libraries = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "safetensors")}
     with new_folder(folder) as temporary:
         records = {name: _write_thing(temporary, name, thing) for name, thing in things.items()}
         document = {"format": FORMAT, **description, "libraries": libraries, "things": records}
-        write_through(temporary / DESCRIPTION_FILE, json.dumps(document, indent=2).encode())
+        sealed = {**document, "sha256": _digest(document)}
+        write_through(temporary / DESCRIPTION_FILE, json.dumps(sealed, indent=2).encode())
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the contents of ``checkpoint.json``.
+    """Return the contents of ``checkpoint.json``, but for the hash over them.
 
     Raises:
-        UserError: if there is none, or it is damaged or of another format.
+        DamagedCheckpointError: if there is none, or it is damaged.
+        UserError: if it is of another format.
     """
     path = folder / DESCRIPTION_FILE
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        fields = _parse(path)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: not a checkpoint: it has no {DESCRIPTION_FILE}") from error
-    except ValueError as error:  # bad JSON, or bytes that are not UTF-8
-        raise UserError(f"{path}: damaged ({error}); use another checkpoint") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT or not isinstance(document.get("things"), dict):
+        raise DamagedCheckpointError(f"{folder}: not a checkpoint: it has no {DESCRIPTION_FILE}") from error
+    except (ValueError, RecursionError) as error:  # bad JSON, bytes that are not UTF-8, or brackets without end
+        raise DamagedCheckpointError(f"{path}: damaged ({error})") from error
+    if (found := fields.get("format")) != FORMAT or not isinstance(fields.get("things"), dict):
         raise UserError(f"{path}: format {found!r}, expected {FORMAT!r}; use a checkpoint made by this version")
-    return document
+    return fields
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint, load nothing; its description.
+
+    Raises:
+        DamagedCheckpointError: if a file is missing, or not as it was written.
+        UserError: if it is of another format.
+    """
+    description = read_description(folder)
+    for name in description["things"]:
+        _read_bytes(folder, name, description["things"])
+    return description
 
 
 def load_thing(folder: Path, name: str, thing: Stateful) -> None:
@@ -92,7 +118,7 @@ def load_thing(folder: Path, name: str, thing: Stateful) -> None:
                 path, tensors, thing.state_dict(), by="in the model", why="it was saved from another architecture"
             )
         thing.load_state_dict(tensors if rest is None else _join(tensors, rest))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: does not fit what is being loaded: {reason}") from error
 
@@ -124,20 +150,46 @@ def _read_thing(folder: Path, name: str) -> tuple[Path, dict[str, Tensor], Any]:
     things = read_description(folder)["things"]
     if name not in things:
         raise UserError(f"{folder}: holds no {name!r}, only {', '.join(things)}")
-    path, record = folder / f"{name}.safetensors", things[name]
+    path, data = _read_bytes(folder, name, things)
     try:
+        return path, safetensors.torch.load(data), things[name].get("rest")
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error}); use another checkpoint") from error
+
+
+def _read_bytes(folder: Path, name: str, things: Mapping[str, Any]) -> tuple[Path, bytes]:
+    """Return a thing's file and what is in it, if size and hash are as the description says."""
+    if not name.isidentifier():  # it becomes part of a path
+        raise DamagedCheckpointError(f"{folder / DESCRIPTION_FILE}: damaged: {name!r} is no name of a thing")
+    path, record = folder / f"{name}.safetensors", things[name]
+    num_bytes, digest = (record.get(key) if isinstance(record, dict) else None for key in ("num_bytes", "sha256"))
+    try:
+        found = path.stat().st_size  # before it is read: a file may be larger than the memory
+        if found != num_bytes:
+            raise DamagedCheckpointError(f"{path}: damaged: {found} bytes, not {num_bytes}")
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{path}: missing from the checkpoint; use another checkpoint") from error
-    if len(data) != record["num_bytes"]:
-        sizes = f"{len(data)} bytes, not {record['num_bytes']}"
-        raise UserError(f"{path}: damaged: {sizes}; use another checkpoint")
-    if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise UserError(f"{path}: damaged: SHA-256 is not that of {DESCRIPTION_FILE}; use another checkpoint")
-    try:
-        return path, safetensors.torch.load(data), record["rest"]
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
+        raise DamagedCheckpointError(f"{path}: missing from the checkpoint") from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamagedCheckpointError(f"{path}: damaged: SHA-256 is not that of {DESCRIPTION_FILE}")
+    return path, data
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """Return the fields of a description without their hash; raises ValueError or RecursionError on damage."""
+    if (num_bytes := path.stat().st_size) > MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes are too many")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    fields = document if isinstance(document, dict) else {}
+    # Checkpoints made before there was this hash have none.
+    if (digest := fields.pop("sha256", None)) is not None and digest != _digest(fields):
+        raise ValueError("SHA-256 is not that of its contents")
+    return fields
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) over a description; JSON that was read gives the text again that was written."""
+    return hashlib.sha256(json.dumps(document, indent=2).encode()).hexdigest()
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:

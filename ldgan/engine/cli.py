@@ -26,7 +26,10 @@ def positive(text: str) -> int:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command's ``main`` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C."""
+    """Run a command's ``main`` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C.
+
+    A run that was sent SIGTERM or SIGUSR1 saves itself first and exits with 143 or 138; see `Session.steps`.
+    """
     try:
         main()
     except UserError as error:

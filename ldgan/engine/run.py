@@ -4,6 +4,7 @@
 
     config.yaml                   the resolved config
     checkpoints/step_000001000/   see `ldgan.engine.checkpoint`
+    checkpoints/damaged_step_.../ one that was found damaged when the run was resumed; nothing reads or removes it
     best.json                     the best checkpoint so far, by a metric measured during training: its step, metric,
                                   value and folder; commands take RUN/best for it, as they take RUN for the latest
     samples/                      image grids (PNG)
@@ -16,6 +17,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -24,10 +26,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldgan.engine.checkpoint import DESCRIPTION_FILE
+from ldgan.engine.checkpoint import DESCRIPTION_FILE, DamagedCheckpointError, check_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import flatten, parse_yaml
-from ldgan.engine.files import remove_folder, write_atomically
+from ldgan.engine.files import remove_folder, temporary_name, write_atomically
 
 STEP_FOLDER = re.compile(r"step_(\d{9,})")
 BEST = "best"  # RUN/best stands for the best checkpoint
@@ -67,7 +69,7 @@ class RunFolder:
         run = cls(path)
         if run.config_path.is_file():
             run._check_same_config(config_yaml, may_change)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or set(path.iterdir()) - {temporary_name(run.config_path)}):
             raise UserError(f"{path}: not a run folder (no config.yaml); choose a new or an empty folder")
         write_atomically(run.config_path, config_yaml)
         return run
@@ -84,6 +86,32 @@ class RunFolder:
         """Return the complete checkpoint with the highest step, None if there is none yet."""
         complete = self._complete_checkpoints()
         return complete[-1] if complete else None
+
+    def undamaged_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """Return the newest checkpoint that is as it was written, and what to say of newer ones that are not.
+
+        Those are set aside as ``damaged_<name>``, and None is returned only if there never was a checkpoint.
+
+        Raises:
+            UserError: if all are damaged; they stay where they are, so that no run starts anew by mistake.
+        """
+        damaged: dict[Path, str] = {}
+        for folder in reversed(self._step_folders()):
+            try:
+                check_checkpoint(folder)
+            except DamagedCheckpointError as error:
+                damaged[folder] = error.reason
+                continue
+            names = {former: self._set_aside(former) for former in damaged}
+            return folder, [
+                f"{reason}; kept as {names[former]}, going on from {folder.name}" for former, reason in damaged.items()
+            ]
+        if damaged:
+            raise UserError(
+                f"{self.checkpoints}: no checkpoint is undamaged ({'; '.join(damaged.values())}); put a copy of one"
+                " back, or remove the folder to train from the first step"
+            )
+        return None, []
 
     def prune_checkpoints(self, keep: int, protect: Collection[Path] = ()) -> None:
         """Remove all but the ``keep`` (at least 1) newest checkpoints and those in ``protect``.
@@ -134,13 +162,23 @@ class RunFolder:
         except ValueError as error:
             raise UserError(f"{self.summary_path}: damaged ({error})") from error
 
+    def _step_folders(self) -> list[Path]:
+        """Return all folders with a checkpoint's name, by rising step."""
+        names = ((STEP_FOLDER.fullmatch(folder.name), folder) for folder in self.checkpoints.glob("step_*"))
+        steps = {int(match[1]): folder for match, folder in names if match}
+        return [steps[step] for step in sorted(steps)]
+
     def _complete_checkpoints(self) -> list[Path]:
         """Return the checkpoints by rising step; a folder gets its name when it is complete."""
-        steps = {}
-        for description in self.checkpoints.glob(f"*/{DESCRIPTION_FILE}"):
-            if match := STEP_FOLDER.fullmatch(description.parent.name):
-                steps[int(match[1])] = description.parent
-        return [steps[step] for step in sorted(steps)]
+        return [folder for folder in self._step_folders() if (folder / DESCRIPTION_FILE).is_file()]
+
+    def _set_aside(self, folder: Path) -> str:
+        """Give a damaged checkpoint a name that nothing looks for, and return it."""
+        name, numbers = f"damaged_{folder.name}", itertools.count(2)
+        while (folder.parent / name).exists():
+            name = f"damaged_{folder.name}_{next(numbers)}"
+        folder.rename(folder.parent / name)
+        return name
 
     def _check_same_config(self, config_yaml: str, may_change: Collection[str]) -> None:
         old = flatten(parse_yaml(self.config_path.read_text(encoding="utf-8"), str(self.config_path)))

@@ -8,7 +8,9 @@ loop of a stage is
     session.finish({...})
 
 A checkpoint says, besides its own step, which one is the best so far; so a run that was interrupted anywhere goes on
-with what it knew at the step that it goes on from.
+with what it knew at the step that it goes on from. The last one holds the summary too.
+
+A run that is sent SIGTERM or SIGUSR1 finishes the step under way, saves a checkpoint and exits, on all processes.
 """
 
 from __future__ import annotations
@@ -17,23 +19,34 @@ import argparse
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from signal import Signals
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ldgan.engine.checkpoint import Stateful, load_thing, read_description, save_checkpoint
+from ldgan.engine.checkpoint import (
+    DESCRIPTION_FILE,
+    DamagedCheckpointError,
+    Stateful,
+    load_thing,
+    read_description,
+    save_checkpoint,
+)
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option, to_dict, to_yaml
 from ldgan.engine.progress import ProgressBar, progress_bar
 from ldgan.engine.run import Best, RunFolder
 from ldgan.engine.seeding import generator
+from ldgan.engine.signals import exit_status, noting_signals
 from ldgan.engine.trackers import Tracker, check_finite
 
 
@@ -129,7 +142,7 @@ class Session:
         """``config`` has a section ``run``; ``things`` are saved by name, ``description`` goes into checkpoints.
 
         Raises:
-            UserError: the folder holds another run, or its checkpoint does not fit ``things``.
+            UserError: the folder holds another run, its checkpoint does not fit ``things``, or all are damaged.
         """
         self._accelerator, self._things = accelerator, things
         self._settings: RunConfig = config.run
@@ -154,26 +167,28 @@ class Session:
         return self._seconds_before + time.monotonic() - self._started
 
     def steps(self) -> Iterator[int]:
-        """Yield the steps to do, first_step + 1 .. num_steps; log and save after each as the config asks."""
+        """Yield the steps to do, first_step + 1 .. num_steps; log and save after each as the config asks.
+
+        Raises:
+            SystemExit: with status 143 after SIGTERM and 138 after SIGUSR1, once a checkpoint is saved; a run that
+                has no step left to do goes on to its end instead.
+        """
         settings = self._settings
-        with progress_bar(
-            "training",
-            settings.num_steps,
-            "steps",
-            initial=self.first_step,
-            enabled=self._accelerator.is_main_process,
-        ) as bar:
+        with self._progress_bar() as bar, noting_signals() as notices:
             for step in range(self.first_step + 1, settings.num_steps + 1):
                 # Whatever draws from the global generator, dropout for one, becomes a function of the step.
                 rank = self._accelerator.process_index
                 torch.manual_seed(generator("cpu", settings.seed, "global", step, rank).initial_seed())
                 yield step
                 last, best = step == settings.num_steps, self._best is not None and self._best.step == step
-                saved = best or step % settings.checkpoint_every_steps == 0
+                stopped_by = notices.agreed()
+                saved = best or stopped_by is not None or step % settings.checkpoint_every_steps == 0
                 if last or saved or step % settings.log_every_steps == 0:
                     self._log(bar)
                 if saved and not last:
                     self._save(step, {})
+                if stopped_by is not None and not last:
+                    self._stop(step, stopped_by)
 
     def record(self, step: int, terms: dict[str, Tensor]) -> None:
         """Keep the detached scalar terms of a step until the next log."""
@@ -212,26 +227,48 @@ class Session:
     def finish(self, results: Mapping[str, Any]) -> None:
         """Save the last checkpoint, with ``results`` in its description, and the run's summary."""
         summary = {"num_steps": self._settings.num_steps, "seconds": round(self.seconds, 1), **results}
-        self._save(self._settings.num_steps, results)
-        if self._accelerator.is_main_process:
-            self.run.write_summary(summary)
+        self._save(self._settings.num_steps, {**results, "summary": summary})
         self._tracker.close()
 
+    def _progress_bar(self) -> AbstractContextManager[ProgressBar]:
+        main, num_steps = self._accelerator.is_main_process, self._settings.num_steps
+        return progress_bar("training", num_steps, "steps", initial=self.first_step, enabled=main)
+
+    def _stop(self, step: int, stopped_by: Signals) -> NoReturn:
+        """End the process after a step that is saved, and say how to go on."""
+        self._tracker.close()
+        self._say(f"{stopped_by.name}: {self.run.path} is saved after step {step:,}; run the same command to go on")
+        raise SystemExit(exit_status(stopped_by))
+
+    def _say(self, line: str) -> None:
+        """Print a line on stderr, once for all processes."""
+        if self._accelerator.is_main_process:
+            print(line, file=sys.stderr, flush=True)
+
     def _resume(self) -> tuple[int, float, Best | None]:
-        """Load the latest checkpoint into the things; (its step, its seconds, the best so far), or (0, 0, None)."""
-        latest = self.run.latest_checkpoint()
+        """Load the newest undamaged checkpoint into the things; (its step, its seconds, the best so far)."""
+        latest = self._choose_checkpoint()
         if latest is None:
             return 0, 0.0, None
         for name, thing in self._things.items():
             load_thing(latest, name, thing)
-        saved = read_description(latest)
-        self._accelerator.print(f"resuming {self.run.path} after step {saved['step']:,}")
-        best = Best(**saved["best"]) if saved.get("best") else None
+        step, seconds, best, summary = _read_progress(latest)
+        self._accelerator.print(f"resuming {self.run.path} after step {step:,}")
         if best is not None and not self.run.has_checkpoint(best.step):
             best = None  # somebody removed it
-        if best is not None and self._accelerator.is_main_process:
-            self.run.write_best(best)  # the run may have been killed just before it could
-        return saved["step"], saved["seconds"], best
+        if self._accelerator.is_main_process:
+            self._finish_save(best, summary)  # the run may have been killed in the midst of it
+        return step, seconds, best
+
+    def _choose_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from, None if there is none yet; the main process looks, all get its answer."""
+        latest: Path | None = None
+        if self._accelerator.is_main_process:
+            latest, warnings = self.run.undamaged_checkpoint()
+            for warning in warnings:
+                self._say(f"warning: {warning}")
+        (latest,) = broadcast_object_list([latest])
+        return latest
 
     def _log(self, bar: ProgressBar) -> None:
         """Average the recorded terms over processes and steps, check that they are numbers, and write them."""
@@ -259,8 +296,26 @@ class Session:
         if self._accelerator.is_main_process:
             description = {**self._description, **progress, **best, **results}
             save_checkpoint(self.run.checkpoint_path(step), self._things, description)
-            if self._best is not None:
-                self.run.write_best(self._best)
-            protect = [] if self._best is None else [self.run.checkpoint_path(self._best.step)]
-            self.run.prune_checkpoints(self._settings.keep_checkpoints, protect)
+            self._finish_save(self._best, results.get("summary"))
         self._accelerator.wait_for_everyone()
+
+    def _finish_save(self, best: Best | None, summary: dict[str, Any] | None) -> None:
+        """Write what belongs to the newest checkpoint, and remove those that it makes superfluous."""
+        if best is not None:
+            self.run.write_best(best)
+        protect = [] if best is None else [self.run.checkpoint_path(best.step)]
+        self.run.prune_checkpoints(self._settings.keep_checkpoints, protect)
+        if summary is not None:
+            self.run.write_summary(summary)
+
+
+def _read_progress(folder: Path) -> tuple[int, float, Best | None, dict[str, Any] | None]:
+    """Step, seconds, the best so far, and the summary if the run had ended, as `Session` saved them."""
+    saved = read_description(folder)
+    try:
+        best = saved.get("best")
+        best = Best(int(best["step"]), str(best["metric"]), float(best["value"])) if best else None
+        return int(saved["step"]), float(saved["seconds"]), best, saved.get("summary")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        reason = f"step, seconds or best are not those of a run ({error})"
+        raise DamagedCheckpointError(f"{folder / DESCRIPTION_FILE}: damaged: {reason}") from error

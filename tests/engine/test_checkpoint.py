@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from ldgan.engine.checkpoint import load_state, load_thing, read_description, save_checkpoint
+from ldgan.engine.checkpoint import (
+    DamagedCheckpointError,
+    check_checkpoint,
+    load_state,
+    load_thing,
+    read_description,
+    save_checkpoint,
+)
 from ldgan.engine.cli import UserError
 from ldgan.engine.ema import EMA
 
@@ -156,6 +163,35 @@ def test_a_flipped_byte_is_detected(folder: Path, position: int) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"model.safetensors: damaged: SHA-256"):
         load_thing(folder, "model", Trainer().model)
+
+
+def test_every_flipped_bit_of_the_description_is_detected_or_changes_nothing(folder: Path) -> None:
+    path = folder / "checkpoint.json"
+    data, description = path.read_bytes(), read_description(folder)
+    unnoticed = 0
+    for position in range(0, len(data), 7):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << position % 8]) + data[position + 1 :])
+        try:
+            found = read_description(folder)
+        except DamagedCheckpointError:
+            continue
+        # White space that became other white space, or the name of the hash, whose value is then one more field.
+        unnoticed += description != {key: value for key, value in found.items() if key in description}
+    assert unnoticed == 0
+
+
+@pytest.mark.parametrize("name", ["model", "optimizer", "scheduler", "ema"])
+def test_a_check_reads_every_file(folder: Path, name: str) -> None:
+    assert check_checkpoint(folder) == read_description(folder)
+    path = folder / f"{name}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(DamagedCheckpointError, match=rf"{name}.safetensors: damaged: SHA-256"):
+        check_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(DamagedCheckpointError, match=rf"{name}.safetensors: missing"):
+        check_checkpoint(folder)
 
 
 def cut(path: Path) -> None:

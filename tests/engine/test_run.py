@@ -71,6 +71,12 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_killed_while_it_wrote_its_config_is_no_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.tmp").write_text(CONFIG[:20])
+    assert RunFolder.create_or_resume(tmp_path, CONFIG).config_path.read_text() == CONFIG
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_latest_is_the_highest_complete_step(run: RunFolder) -> None:
     assert run.latest_checkpoint() is None
     save(run, 2000, 10_000_000_000, 900)
@@ -89,6 +95,53 @@ def test_pruning_keeps_the_newest_and_the_protected(run: RunFolder) -> None:
     assert len(saved_steps(run)) == 3
     with pytest.raises(ValueError, match="at least 1"):
         run.prune_checkpoints(keep=0)
+
+
+def test_the_newest_undamaged_checkpoint_is_found_and_newer_ones_are_set_aside(run: RunFolder) -> None:
+    assert run.undamaged_checkpoint() == (None, [])
+    save(run, 100, 200, 300, 400)
+    assert run.undamaged_checkpoint() == (run.checkpoint_path(400), [])
+    description = run.checkpoint_path(400) / "checkpoint.json"
+    description.write_text(description.read_text().replace("400", "401"))
+    (run.checkpoint_path(300) / "checkpoint.json").unlink()
+    found, warnings = run.undamaged_checkpoint()
+    assert found == run.checkpoint_path(200)
+    assert warnings == [
+        f"{description}: damaged (SHA-256 is not that of its contents); kept as damaged_step_000000400,"
+        " going on from step_000000200",
+        f"{run.checkpoint_path(300)}: not a checkpoint: it has no checkpoint.json; kept as damaged_step_000000300,"
+        " going on from step_000000200",
+    ]
+    assert saved_steps(run) == [
+        *("damaged_step_000000300", "damaged_step_000000400", "step_000000100", "step_000000200"),
+    ]
+    save(run, 300)
+    (run.checkpoint_path(300) / "checkpoint.json").write_text("")
+    _, (warning,) = run.undamaged_checkpoint()
+    assert "kept as damaged_step_000000300_2," in warning
+    run.prune_checkpoints(keep=1)
+    assert saved_steps(run) == [
+        *("damaged_step_000000300", "damaged_step_000000300_2", "damaged_step_000000400", "step_000000200"),
+    ]
+    assert run.latest_checkpoint() == run.checkpoint_path(200)
+
+
+def test_where_all_checkpoints_are_damaged_none_is_moved(run: RunFolder) -> None:
+    save(run, 100, 200)
+    for step in (100, 200):
+        (run.checkpoint_path(step) / "checkpoint.json").write_text("{")
+    for _ in range(2):  # not a fresh start the second time
+        with pytest.raises(UserError, match=r"no checkpoint is undamaged \(.*200.*damaged.*; .*100.*\); put a copy"):
+            run.undamaged_checkpoint()
+    assert saved_steps(run) == ["step_000000100", "step_000000200"]
+
+
+def test_a_checkpoint_of_another_version_is_not_damaged(run: RunFolder) -> None:
+    save(run, 100, 200)
+    (run.checkpoint_path(200) / "checkpoint.json").write_text('{"format": "ldgan-checkpoint/2", "things": {}}')
+    with pytest.raises(UserError, match="format 'ldgan-checkpoint/2', expected"):
+        run.undamaged_checkpoint()
+    assert saved_steps(run) == ["step_000000100", "step_000000200"]
 
 
 def test_resolve_takes_a_run_or_a_checkpoint(run: RunFolder, tmp_path: Path) -> None:

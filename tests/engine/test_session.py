@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +49,7 @@ def train(
     folder: Path,
     *,
     killed_at: int = 0,
+    signalled: Mapping[int, signal.Signals] | None = None,
     nan_at: int = 0,
     evaluations: Mapping[int, float] | None = None,
     metric: str = "FID",
@@ -51,7 +57,8 @@ def train(
 ) -> tuple[nn.Linear, Session]:
     """Fit random targets, drawn from the global generator; ``killed_at`` and ``nan_at`` are steps.
 
-    ``evaluations`` are what is measured after a step, the lower the better.
+    ``signalled`` says which signal arrives in which step. ``evaluations`` are what is measured after a step, the
+    lower the better.
     """
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
@@ -60,6 +67,8 @@ def train(
     for step in session.steps():
         if step == killed_at:
             raise Killed
+        if signalled is not None and step in signalled:
+            signal.raise_signal(signalled[step])
         optimizer.zero_grad()
         loss = (model(torch.randn(4, 3)) - torch.randn(4, 2)).square().mean()
         loss.backward()
@@ -82,7 +91,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").iterdir())
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
 
 
 def best(folder: Path) -> tuple[int, str, float]:
@@ -135,7 +144,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, k
 def test_time_before_an_interruption_counts(tmp_path: Path) -> None:
     train(tmp_path / "run")
     path = checkpoint(tmp_path / "run", 6) / "checkpoint.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1000.0}))
+    description = json.loads(path.read_text())
+    del description["sha256"]  # an older checkpoint, for one, has none
+    path.write_text(json.dumps(description | {"seconds": 1000.0}))
     model = nn.Linear(3, 2)
     session = new_session(tmp_path / "run", model, torch.optim.AdamW(model.parameters()))
     assert 1000 < session.seconds < 1060
@@ -299,3 +310,193 @@ def test_what_is_not_a_number_is_never_saved_as_the_best(tmp_path: Path) -> None
     with pytest.raises(UserError, match="step 2: kl is nan"):
         train(tmp_path, nan_at=2, evaluations={2: 1.0})
     assert not (tmp_path / "checkpoints").exists()
+
+
+def same_end(whole: Path, resumed: Path) -> bool:
+    """Whether two runs saved the same bits after the last step."""
+    files = sorted(checkpoint(whole, 6).glob("*.safetensors"))
+    assert len(files) == 2
+    return all(file.read_bytes() == (checkpoint(resumed, 6) / file.name).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_a_run_after_the_step_under_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, status: int
+) -> None:
+    train(tmp_path / "whole")
+    capsys.readouterr()
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", signalled={3: number})
+    assert stopped.value.code == status
+    line = f"{number.name}: {tmp_path / 'run'} is saved after step 3; run the same command to go on\n"
+    assert capsys.readouterr().err == line
+    assert saved_steps(tmp_path / "run") == [2, 3]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+
+    _, session = train(tmp_path / "run")
+    assert session.first_step == 3
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+    assert [row["square"] for row in rows(tmp_path / "run")] == [(1 + 4) / 2, 9, 16, (25 + 36) / 2]
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path: Path) -> None:
+    train(tmp_path, signalled={6: signal.SIGTERM})
+    assert json.loads((tmp_path / "summary.json").read_text())["answer"] == 42
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_weights_after_a_nan_are_not_saved_for_a_signal(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 3: kl is nan"):
+        train(tmp_path, nan_at=3, signalled={3: signal.SIGTERM}, log_every_steps=6)
+    assert saved_steps(tmp_path) == [2]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Callable[[Path], object]
+) -> None:
+    train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "run", killed_at=6)
+    damage(checkpoint(tmp_path / "run", 4) / file)
+    damaged = {path.name: path.read_bytes() for path in checkpoint(tmp_path / "run", 4).iterdir()}
+    capsys.readouterr()
+    _, session = train(tmp_path / "run")
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"warning: {checkpoint(tmp_path / 'run', 4)}")
+    assert "; kept as damaged_step_000000004, going on from step_000000002\n" in printed.err
+    assert "after step 2\n" in printed.out
+    assert session.first_step == 2
+    kept = tmp_path / "run" / "checkpoints" / "damaged_step_000000004"
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == damaged
+    assert same_end(tmp_path / "whole", tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [2, 3, 4, 6]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, killed_at=6)
+    for step in (2, 4):
+        cut(checkpoint(tmp_path, step) / "model.safetensors")
+    logged = rows(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match="no checkpoint is undamaged"):
+            train(tmp_path)
+    assert rows(tmp_path) == logged
+
+
+@pytest.mark.parametrize("method", ["write_best", "prune_checkpoints", "write_summary"])
+def test_a_run_killed_before_its_summary_writes_it_when_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    train(tmp_path / "whole", evaluations={2: 5.0})
+    with monkeypatch.context() as patch:
+        original = getattr(RunFolder, method)
+
+        def killed(run: RunFolder, *arguments: object) -> None:
+            if run.has_checkpoint(6):
+                raise Killed
+            original(run, *arguments)
+
+        patch.setattr(RunFolder, method, killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", evaluations={2: 5.0})
+    assert not (tmp_path / "run" / "summary.json").exists()
+    model = nn.Linear(3, 2)
+    assert new_session(tmp_path / "run", model, torch.optim.AdamW(model.parameters())).finished
+    summaries = [json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "run")]
+    assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}
+    assert saved_steps(tmp_path / "run") == saved_steps(tmp_path / "whole") == [2, 4, 6]
+    assert best(tmp_path / "run") == (2, "FID", 5.0)
+
+
+def test_a_prolonged_run_killed_before_its_summary_does_not_keep_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, num_steps=4)
+    monkeypatch.setattr(RunFolder, "write_summary", lambda run, summary: None)
+    train(tmp_path)
+    monkeypatch.undo()
+    model = nn.Linear(3, 2)
+    new_session(tmp_path, model, torch.optim.AdamW(model.parameters()))
+    assert json.loads((tmp_path / "summary.json").read_text())["num_steps"] == 6
+
+
+# One of two processes is told, which sends the signal to itself in step 3; both print where they stop.
+TWO_PROCESSES = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from ldgan.engine import cli
+from ldgan.engine.config import option
+from ldgan.engine.session import RunConfig, Session
+from dataclasses import dataclass
+
+@dataclass
+class Config:
+    run: RunConfig = option(RunConfig(), "")
+
+def main():
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    config = Config(RunConfig(dir=sys.argv[1], num_steps=9, batch_size=2, checkpoint_every_steps=2))
+    model = torch.nn.Linear(2, 1)
+    session = Session(accelerator, config, {"model": model}, {"kind": "toy"})
+    Path(sys.argv[1] + f".first_{rank}").write_text(str(session.first_step))
+    for step in session.steps():
+        Path(sys.argv[1] + f".step_{rank}").write_text(str(step))
+        if step == 3 and rank == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        session.record(step, {"loss": torch.tensor(float(rank))})
+    session.finish({})
+
+cli.run(main)
+"""
+
+
+def start_two_processes(folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""} for rank in range(2)]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env={**os.environ, **rank}, **pipes) for rank in ranks]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *output)
+        for process, output in zip(processes, outputs)
+    ]
+
+
+def test_processes_agree_on_the_last_step_and_on_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first, second = start_two_processes(run)
+    assert (first.returncode, second.returncode) == (138, 138), first.stderr + second.stderr
+    assert [(tmp_path / f"run.step_{rank}").read_text() for rank in range(2)] == ["3", "3"]
+    assert f"SIGUSR1: {run} is saved after step 3; run the same command to go on\n" in first.stderr
+    assert "SIGUSR1" not in second.stderr
+    assert saved_steps(run) == [2, 3]
+    assert [row["loss"] for row in rows(run)] == [0.5, 0.5]
+
+    flip(checkpoint(run, 3) / "model.safetensors")
+    results = start_two_processes(run)  # from step 2 on, so that step 3 comes again, and the signal with it
+    assert [result.returncode for result in results] == [138, 138]
+    assert [(tmp_path / f"run.first_{rank}").read_text() for rank in range(2)] == ["2", "2"]
+    assert [result.stderr.count("warning: ") for result in results] == [1, 0]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged_step_000000003", "step_000000002", "step_000000003"]
