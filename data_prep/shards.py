@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,17 +23,19 @@ import shutil
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
 
 FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
 EXTENSIONS = ("png", "jpg", "webp", "cls", "txt", "npy")
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 27  # of one that is fetched; a shard takes some 200 bytes
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
@@ -48,6 +51,15 @@ class ShardInfo:
     num_bytes: int
     sha256: str
 
+    @classmethod
+    def of_file(cls, path: Path, num_samples: int) -> ShardInfo:
+        """What the manifest should say of a file, which is read; raises OSError."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            return cls(path.name, num_samples, file.tell(), digest.hexdigest())
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -61,7 +73,7 @@ class Manifest:
     seconds: float
     details: dict[str, Any]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the shards' hashes in order: equal for equal data, wherever it lies."""
         return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
@@ -79,25 +91,27 @@ class Manifest:
         os.replace(partial, folder / MANIFEST_NAME)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path | RemoteFolder) -> Manifest:
         """Read and check ``manifest.json`` in ``folder``; raises `UserError` where it is missing or wrong."""
-        path = folder / MANIFEST_NAME
+        path = f"{folder}/{MANIFEST_NAME}"
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls._from_json(fields)
+            if isinstance(folder, RemoteFolder):
+                return folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES, cls._parse)
+            return cls._parse((folder / MANIFEST_NAME).read_bytes())
         except FileNotFoundError:
             raise UserError(
                 f"no {path}: not a folder of finished shards; write one with data_prep/make_shards.py"
             ) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not a valid manifest ({error}); restore it or write the shards again"
             ) from error
 
     @classmethod
-    def _from_json(cls, fields: dict[str, Any]) -> Manifest:
+    def _parse(cls, content: bytes) -> Manifest:
+        fields = json.loads(content.decode("utf-8"))
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f'"format" is not "{FORMAT}"')
         shards = tuple(ShardInfo(**shard) for shard in fields.pop("shards"))
@@ -106,7 +120,8 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raise ValueError (or TypeError) where the fields contradict each other."""
+        """Raise ValueError (or TypeError) where fields have other types, or contradict each other."""
+        self._check_types()
         if self.kind not in KINDS:
             raise ValueError(f'"kind" is none of {", ".join(KINDS)}')
         if not self.shards or any(shard.num_samples < 1 for shard in self.shards):
@@ -118,13 +133,28 @@ class Manifest:
             if not _SHARD_NAME.fullmatch(shard.name):
                 raise ValueError(f"{shard.name!r} is no shard's name")
 
+    def _check_types(self) -> None:
+        numbers = [self.num_samples, *(number for s in self.shards for number in (s.num_samples, s.num_bytes))]
+        right = {
+            "num_samples or num_bytes": all(isinstance(number, int) for number in numbers),
+            "sha256": all(isinstance(shard.sha256, str) for shard in self.shards),
+            "class_names": self.class_names is None
+            or (isinstance(self.class_names, list) and all(isinstance(name, str) for name in self.class_names)),
+            "has_captions": isinstance(self.has_captions, bool),
+            "seconds": isinstance(self.seconds, int | float),
+            "details": isinstance(self.details, dict),
+        }
+        for key, is_right in right.items():
+            if not is_right:
+                raise TypeError(f'"{key}" has the wrong type')
+
 
 class ShardWriter:
     """Writes a shard set; a context manager that leaves ``out`` either complete or absent.
 
     Shards are built in a hidden folder beside ``out`` that is renamed once the manifest is in it; after an
     exception it is removed. The same samples give the same bytes. What is put into ``folder`` (a report, say)
-    goes along, and ``details`` may be completed until the end. ``manifest`` is set on success.
+    goes along, and ``details`` and ``class_names`` may be completed until the end. ``manifest`` is set on success.
 
     Raises `UserError` where ``out`` exists already or cannot be written, or where no sample was written.
     """
@@ -143,23 +173,26 @@ class ShardWriter:
         self.out = out
         self.folder = out.parent / f".{out.name}.partial-{os.getpid()}"
         self.details = dict(details or {})
+        self.class_names = list(class_names) if class_names is not None else None
         self.num_samples = 0
         self._kind = kind
         self._samples_per_shard = samples_per_shard
-        self._class_names = list(class_names) if class_names is not None else None
         self._has_captions = False
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
 
     def __enter__(self) -> ShardWriter:
         self._started = time.monotonic()
-        if os.path.lexists(self.out):
-            raise UserError(f"{self.out} exists already; remove it or choose another output folder")
+        self._check_out()
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
         return self
+
+    def _check_out(self) -> None:
+        if os.path.lexists(self.out):
+            raise UserError(f"{self.out} exists already; remove it or choose another output folder")
 
     def write(self, sample: Mapping[str, bytes]) -> None:
         """Append one sample, given as extension -> content; its index is the number of samples before it."""
@@ -197,7 +230,7 @@ class ShardWriter:
             kind=self._kind,
             num_samples=self.num_samples,
             shards=tuple(self._shards),
-            class_names=self._class_names,
+            class_names=self.class_names,
             has_captions=self._has_captions,
             seconds=round(time.monotonic() - self._started, 3),
             details=self.details,
@@ -270,9 +303,15 @@ class ShardSet:
 
     Where a shard's members lie is found out when one of its samples is first read; this and the open file are
     kept for the `MAX_OPEN_SHARDS` shards used last. Can be pickled, and shared with forked processes.
+
+    ``folder`` is for messages and descriptions too: as text it is the path, or the URL without credentials.
+
+    A shard that cannot be read stops the run with its name, the first one already. To leave it out instead would
+    shift or shorten every epoch, on one process sooner than on another: batches would then depend on what the network
+    did, and a resumed run would see others than the run that it goes on with.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path | RemoteFolder, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self.shard_sizes = [shard.num_samples for shard in manifest.shards]
@@ -281,7 +320,16 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: Path | str) -> ShardSet:
-        """Open folder ``path``; raises `UserError` for a bad manifest and for missing or cut shards."""
+        """Open a shard set: a folder, or a URL of one as str (see `data_prep.remote`).
+
+        Of a URL the manifest is fetched now, and each shard when one of its samples is first read.
+
+        Raises:
+            UserError: a bad manifest, a missing or cut shard of a folder, or a URL that cannot be read.
+        """
+        if is_url(path):
+            remote = RemoteFolder(str(path), Cache.from_environment())
+            return cls(remote, Manifest.read(remote))
         folder = Path(path)
         manifest = Manifest.read(folder)
         for shard in manifest.shards:
@@ -300,14 +348,13 @@ class ShardSet:
     def read(self, index: int) -> dict[str, bytes]:
         """Return sample ``index`` (0 <= index < len) as extension -> content.
 
-        Raises IndexError outside that range, and `UserError` where the shard is damaged.
+        Raises IndexError outside that range, and `UserError` where the shard is damaged or cannot be fetched.
         """
         return self._open_shard(self._shard_number(index)).read(index)
 
     def locate(self, index: int) -> str:
-        """Say where sample ``index`` lies, for messages: the shard's path and the sample's key."""
-        shard = self.manifest.shards[self._shard_number(index)]
-        return f"{self.folder / shard.name}, sample {index:09d}"
+        """Say where sample ``index`` lies, for messages: the shard's path or URL and the sample's key."""
+        return f"{self._location(self._shard_number(index))}, sample {index:09d}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_shards": OrderedDict()}  # files cannot be pickled
@@ -319,30 +366,46 @@ class ShardSet:
 
     def _open_shard(self, number: int) -> _OpenShard:
         if number not in self._open_shards:
-            path = self.folder / self.manifest.shards[number].name
-            self._open_shards[number] = _OpenShard(path, self._first_indices[number], self.shard_sizes[number])
+            self._open_shards[number] = _OpenShard(
+                self._location(number), self._file(number), self._first_indices[number], self.shard_sizes[number]
+            )
         self._open_shards.move_to_end(number)
         if len(self._open_shards) > MAX_OPEN_SHARDS:
             _, oldest = self._open_shards.popitem(last=False)
             oldest.file.close()
         return self._open_shards[number]
 
+    def _file(self, number: int) -> BinaryIO:
+        shard = self.manifest.shards[number]
+        if isinstance(self.folder, RemoteFolder):
+            return self.folder.open(RemoteFile(shard.name, shard.num_bytes, shard.sha256), self.manifest.fingerprint)
+        try:
+            return (self.folder / shard.name).open("rb")
+        except OSError as error:
+            raise _damaged(self._location(number), error) from error
+
+    def _location(self, number: int) -> str:
+        return f"{self.folder}/{self.manifest.shards[number].name}"
+
 
 _Extents = dict[str, tuple[int, int]]  # extension -> (offset in the tar, size), in bytes
 
 
 class _OpenShard:
-    """An open tar file, and where each of its samples lies in it."""
+    """An open tar file, and where each of its samples lies in it. ``location`` is for messages."""
 
-    def __init__(self, path: Path, first_index: int, num_samples: int) -> None:
-        self.path = path
+    def __init__(self, location: str, file: BinaryIO, first_index: int, num_samples: int) -> None:
+        self.file = file
+        self._location = location
         try:
-            self.file = path.open("rb")
-            self._samples = _scan(self.file)
-        except (OSError, tarfile.TarError) as error:
-            raise _damaged(path, error) from error
-        if list(self._samples) != list(range(first_index, first_index + num_samples)):
-            raise _damaged(path, f"its samples are not the {num_samples} that the manifest lists")
+            self._samples = _scan(file)
+        except Exception as error:  # tarfile raises nearly anything on damaged headers
+            raise _damaged(location, error) from error
+        # Compared as a range, which takes no memory whatever number of samples a manifest claims.
+        if len(self._samples) != num_samples or any(
+            found != expected for found, expected in zip(self._samples, range(first_index, first_index + num_samples))
+        ):
+            raise _damaged(location, f"its samples are not the {num_samples} that the manifest lists")
 
     def read(self, index: int) -> dict[str, bytes]:
         return {extension: self._bytes(*extent) for extension, extent in self._samples[index].items()}
@@ -351,21 +414,53 @@ class _OpenShard:
         # pread has no file position, which forked processes would share.
         content = os.pread(self.file.fileno(), size, offset)
         if len(content) != size:
-            raise _damaged(self.path, "it ends too early")
+            raise _damaged(self._location, "it ends too early")
         return content
 
 
 def _scan(file: BinaryIO) -> dict[int, _Extents]:
     """Return sample index -> extents for a tar, reading its headers and seeking past the content."""
     samples: dict[int, _Extents] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            name = _MEMBER_NAME.fullmatch(member.name)
-            if name is None or not member.isreg():
-                raise tarfile.ReadError(f"unexpected member {member.name!r}")
-            samples.setdefault(int(name[1]), {})[name[2]] = (member.offset_data, member.size)
+    for member in tar_members(file):
+        name = member_name(member)
+        if name is None:
+            raise tarfile.ReadError(f"unexpected member {member.name!r}")
+        samples.setdefault(name.number, {})[name.extension] = (member.offset_data, member.size)
     return samples
 
 
-def _damaged(shard: Path, reason: object) -> UserError:
+def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an uncompressed tar, in memory that does not grow with it; reads headers only.
+
+    Raises what tarfile raises for a damaged tar, which is nearly anything, and ReadError for a damaged header in the
+    middle too, where tarfile itself believes that the end has come.
+    """
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            yield member
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged header at byte {tar.offset:,}")
+
+
+def is_plain_file(member: tarfile.TarInfo) -> bool:
+    """Whether a member's bytes lie in the tar as they are: no link, folder, device, or file with holes."""
+    return member.isreg() and not member.issparse()
+
+
+class MemberName(NamedTuple):
+    """What the name of a shard's member says: ``{number:09d}.{extension}``."""
+
+    number: int
+    extension: str
+
+
+def member_name(member: tarfile.TarInfo) -> MemberName | None:
+    """The parts of a member's name, or None if a shard of ours has no such member."""
+    name = _MEMBER_NAME.fullmatch(member.name)
+    return MemberName(int(name[1]), name[2]) if name is not None and is_plain_file(member) else None
+
+
+def _damaged(shard: Path | str, reason: object) -> UserError:
     return UserError(f"{shard} is missing or damaged ({reason}); restore it or write the shards again")

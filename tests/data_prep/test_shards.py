@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -161,6 +162,14 @@ def test_a_folder_without_manifest_is_not_a_set(tmp_path):
         ({"num_samples": 11}, "not the sum"),
         ({"shards": []}, "without samples"),
         ({"surprise": 1}, "surprise"),
+        ({"details": []}, '"details" has the wrong type'),
+        ({"class_names": 3}, '"class_names" has the wrong type'),
+        ({"class_names": ["cat", 3]}, '"class_names" has the wrong type'),
+        ({"has_captions": "no"}, '"has_captions" has the wrong type'),
+        ({"seconds": "long"}, '"seconds" has the wrong type'),
+        ({"num_samples": 10.0}, '"num_samples or num_bytes" has the wrong type'),
+        ({"shards": [{"name": "shard-000000.tar", "num_samples": 1, "num_bytes": "1", "sha256": ""}]}, "num_bytes"),
+        ({"shards": [3]}, "must be a mapping"),
         (
             {
                 "num_samples": 1,
@@ -176,6 +185,21 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, changes, compla
     with pytest.raises(UserError, match="is not a valid manifest") as caught:
         ShardSet.open(tmp_path / "set")
     assert complaint in str(caught.value)
+
+
+def test_a_manifest_nested_without_end_is_refused(tmp_path):
+    write(tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not a valid manifest"):
+        Manifest.read(tmp_path / "set")
+
+
+def test_a_manifest_that_claims_very_many_samples_takes_no_memory_for_them(tmp_path):
+    infos = [dataclasses.asdict(shard) for shard in write(tmp_path / "set").shards]
+    infos[0]["num_samples"] = 10**15
+    edit_manifest(tmp_path / "set", shards=infos, num_samples=10**15 + 6)
+    with pytest.raises(UserError, match=r"shard-000000.tar .*not the 1000000000000000 that the manifest lists"):
+        ShardSet.open(tmp_path / "set").read(0)
 
 
 def test_missing_and_cut_shards_are_found_at_once(tmp_path):
@@ -195,6 +219,14 @@ def test_a_shard_cut_while_in_use_is_named(tmp_path):
     shard = tmp_path / "set" / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"shard-000001.tar is missing or damaged .*write the shards again"):
+        samples.read(4)
+
+
+def test_a_shard_removed_while_in_use_is_named(tmp_path):
+    write(tmp_path / "set")
+    samples = ShardSet.open(tmp_path / "set")
+    (tmp_path / "set" / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"set/shard-000001.tar is missing or damaged \(.*No such file"):
         samples.read(4)
 
 
