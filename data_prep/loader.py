@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -37,35 +39,107 @@ class SampleRef(NamedTuple):
     flip: bool
 
 
-def epoch_order(shard_sizes: Sequence[int], seed: int, epoch: int, window_shards: int) -> Iterator[np.ndarray]:
-    """Yield all sample indices of an epoch, once each, as one shuffled int64 array per window of shards.
+class EpochOrder:
+    """One epoch's permutation of all samples, a function of (seed, epoch) that is computed window by window.
 
     Shards are permuted and taken ``window_shards`` at a time; samples are permuted within such a window. So
     only a window's shards need be open at a time, and samples of one shard meet different neighbours each
-    epoch.
+    epoch. ``first_indices`` holds the first sample's index of each shard and, at the end, the number of samples.
     """
-    for number, shards in enumerate(_windows(shard_sizes, seed, epoch, window_shards)):
-        yield _window_order(shard_sizes, shards, seed, epoch, number)
+
+    def __init__(self, first_indices: np.ndarray, seed: int, epoch: int, window_shards: int) -> None:
+        shards = np.random.default_rng([seed, epoch, 0, _SHARD_ORDER]).permutation(len(first_indices) - 1)
+        self._window_shards = window_shards
+        self._seed = seed
+        self._epoch = epoch
+        self._firsts, self._ends = first_indices[shards], first_indices[shards + 1]
+        self._window_starts = np.append(0, np.cumsum(self._ends - self._firsts))[:-1:window_shards]
+
+    def window_at(self, position: int) -> tuple[int, int]:
+        """The window that holds ``position`` of the epoch, and the position that it starts at."""
+        number = int(np.searchsorted(self._window_starts, position, side="right")) - 1
+        return number, int(self._window_starts[number])
+
+    def indices(self, window: int) -> np.ndarray:
+        """The sample indices of a window in their order, int64."""
+        shards = slice(window * self._window_shards, (window + 1) * self._window_shards)
+        ranges = [np.arange(first, end) for first, end in zip(self._firsts[shards], self._ends[shards])]
+        return self._random(window, _SAMPLE_ORDER).permutation(np.concatenate(ranges))
+
+    def coins(self, window: int, num_samples: int) -> np.ndarray:
+        """Fair coins for the positions of a window, bool."""
+        return self._random(window, _FLIPS).random(num_samples) < 0.5
+
+    def _random(self, window: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, self._epoch, window, purpose])
 
 
-def _windows(shard_sizes: Sequence[int], seed: int, epoch: int, window_shards: int) -> list[np.ndarray]:
-    """Return the shard numbers of each of an epoch's windows."""
-    shards = np.random.default_rng([seed, epoch, 0, _SHARD_ORDER]).permutation(len(shard_sizes))
-    return [shards[first : first + window_shards] for first in range(0, len(shards), window_shards)]
+class _Window(NamedTuple):
+    """A window of the stream: the position it starts at, and what lies at its positions."""
+
+    start: int
+    indices: np.ndarray
+    flips: np.ndarray
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.indices)
 
 
-def _window_order(shard_sizes: Sequence[int], shards: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
-    first_indices = np.cumsum([0, *shard_sizes])
-    indices = np.concatenate([np.arange(first_indices[shard], first_indices[shard + 1]) for shard in shards])
-    return np.random.default_rng([seed, epoch, window, _SAMPLE_ORDER]).permutation(indices)
+class SampleStream:
+    """The endless stream of samples, readable at any position; keeps the window that it last read from.
+
+    Memory is a window's and a few numbers for each shard. With ``flips`` each position tosses a fair coin.
+
+    Raises ValueError if there are no samples.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], *, seed: int, flips: bool, window_shards: int = 16) -> None:
+        self._first_indices = np.append(0, np.cumsum(shard_sizes, dtype=np.int64))
+        self.num_samples = int(self._first_indices[-1])  # of an epoch
+        if self.num_samples == 0:
+            raise ValueError("there are no samples")
+        self._seed = seed
+        self._flips = flips
+        self._window_shards = window_shards
+        self._epoch = -1  # that of ``_order``
+        self._order: EpochOrder
+        self._window = _Window(0, np.empty(0, np.int64), np.empty(0, bool))
+
+    def read(self, position: int, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """What lies at the ``num`` >= 1 positions from ``position`` on: sample indices, int64, and flips, bool."""
+        parts = []
+        end = position + num
+        while position < end:
+            window = self._window_at(position)
+            part = slice(position - window.start, end - window.start)
+            parts.append((window.indices[part], window.flips[part]))
+            position = min(end, window.end)
+        if len(parts) == 1:
+            return parts[0]
+        indices, flips = zip(*parts)
+        return np.concatenate(indices), np.concatenate(flips)
+
+    def _window_at(self, position: int) -> _Window:
+        if not self._window.start <= position < self._window.end:
+            epoch, offset = divmod(position, self.num_samples)
+            if epoch != self._epoch:
+                self._order = EpochOrder(self._first_indices, self._seed, epoch, self._window_shards)
+                self._epoch = epoch
+            number, start = self._order.window_at(offset)
+            indices = self._order.indices(number)
+            flips = self._order.coins(number, len(indices)) if self._flips else np.zeros(len(indices), dtype=bool)
+            self._window = _Window(epoch * self.num_samples + start, indices, flips)
+        return self._window
 
 
 class TrainingOrder(Sampler[list[SampleRef]]):
     """The endless micro-batches of one process, as a DataLoader's ``batch_sampler``.
 
     A step takes a global batch, the next ``micro_batch_size * num_micro_batches`` positions of the stream; it
-    may straddle epochs, and nothing is dropped. Micro-batch m of it goes to rank ``m % world_size``. Starting
-    at ``first_step`` skips epochs and windows by arithmetic. With ``flips`` each position tosses a fair coin.
+    may straddle epochs, and nothing is dropped. Micro-batch m of it goes to rank ``m % world_size``. All of this
+    is arithmetic: a process computes the windows that its own positions lie in, wherever it starts, and no others.
+    ``flips`` are those of the `SampleStream`.
 
     Raises ValueError if ``world_size`` does not divide ``num_micro_batches``, or if there are no samples.
     """
@@ -85,44 +159,23 @@ class TrainingOrder(Sampler[list[SampleRef]]):
     ) -> None:
         if num_micro_batches % world_size:
             raise ValueError(f"{num_micro_batches} micro-batches cannot be shared by {world_size} processes")
-        if sum(shard_sizes) == 0:
-            raise ValueError("there are no samples")
-        self.shard_sizes = list(shard_sizes)
         self.micro_batch_size = micro_batch_size
         self.num_micro_batches = num_micro_batches
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
         self.first_step = first_step
-        self.flips = flips
-        self.window_shards = window_shards
+        self._stream = SampleStream(shard_sizes, seed=seed, flips=flips, window_shards=window_shards)
 
     def __iter__(self) -> Iterator[list[SampleRef]]:
-        global_batch_size = self.micro_batch_size * self.num_micro_batches
-        stream = self._stream(self.first_step * global_batch_size)
-        while True:
-            global_batch = list(itertools.islice(stream, global_batch_size))
-            for number in range(self.rank, self.num_micro_batches, self.world_size):
-                first = number * self.micro_batch_size
-                yield global_batch[first : first + self.micro_batch_size]
+        for position in self.positions():
+            indices, flips = self._stream.read(position, self.micro_batch_size)
+            yield list(map(SampleRef, indices.tolist(), flips.tolist()))
 
-    def _stream(self, position: int) -> Iterator[SampleRef]:
-        """Yield what is at ``position`` of the stream and all that follows."""
-        first_epoch, skip = divmod(position, sum(self.shard_sizes))
-        for epoch in itertools.count(first_epoch):
-            windows = _windows(self.shard_sizes, self.seed, epoch, self.window_shards)
-            for number, shards in enumerate(windows):
-                num_samples = sum(self.shard_sizes[shard] for shard in shards)
-                if skip < num_samples:
-                    order = _window_order(self.shard_sizes, shards, self.seed, epoch, number)
-                    flips = self._coins(num_samples, epoch, number)
-                    yield from map(SampleRef, order[skip:].tolist(), flips[skip:].tolist())
-                skip = max(skip - num_samples, 0)
-
-    def _coins(self, num_samples: int, epoch: int, window: int) -> np.ndarray:
-        if not self.flips:
-            return np.zeros(num_samples, dtype=bool)
-        return np.random.default_rng([self.seed, epoch, window, _FLIPS]).random(num_samples) < 0.5
+    def positions(self) -> Iterator[int]:
+        """Where in the stream this process's micro-batches start, endlessly."""
+        # As world_size divides num_micro_batches, m % world_size is the rank also when m counts on from step to step.
+        first = self.first_step * self.num_micro_batches + self.rank
+        return itertools.count(first * self.micro_batch_size, self.world_size * self.micro_batch_size)
 
 
 class ImageDataset(Dataset[dict[str, Tensor | int]]):
@@ -148,7 +201,7 @@ class ImageDataset(Dataset[dict[str, Tensor | int]]):
         if ref.flip:
             pixels = pixels[:, ::-1]
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # HWC, uint8 -> CHW, uint8
-        return {"image": image.float() / 127.5 - 1, "label": label}
+        return {"image": image.float().div_(127.5).sub_(1), "label": label}
 
 
 class LatentDataset(Dataset[dict[str, Tensor | int]]):
@@ -227,7 +280,7 @@ def training_batches(
     dataset: ImageDataset | LatentDataset, order: TrainingOrder, num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the micro-batches of ``order``, endlessly; labels become int64 (B,)."""
-    return _batches(dataset, order, num_workers)
+    return read_batches(dataset, order, num_workers)
 
 
 def sequential_batches(
@@ -248,17 +301,28 @@ def sequential_batches(
         [SampleRef(index, flip=False) for index in numbers]
         for numbers in batches(share(num_samples, rank, world_size), batch_size)
     )
-    return _batches(dataset, order, num_workers)
+    return read_batches(dataset, order, num_workers)
 
 
-def _batches(
+def _keep_from_notices(_: int) -> None:
+    """Let a worker outlive a scheduler's notice to the training, which may come to the whole process group.
+
+    SIGTERM itself must go on ending it: that is how Python ends workers when the training is done.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def read_batches(
     dataset: ImageDataset | LatentDataset, order: Iterator[list[SampleRef]] | TrainingOrder, num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
+    """Yield the batches of samples that ``order`` lists; labels become int64 (B,)."""
     loader = DataLoader(
         dataset,
         batch_sampler=order,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_keep_from_notices if os.name == "posix" else None,
         # The global generator would lose a number each time loading starts, and a resumed run differ.
         generator=torch.Generator(),
     )

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,12 @@ from PIL import Image
 
 from data_prep.images import encode_image
 from data_prep.loader import (
+    EpochOrder,
     ImageDataset,
     LatentDataset,
     SampleRef,
+    SampleStream,
     TrainingOrder,
-    epoch_order,
     sequential_batches,
     training_batches,
 )
@@ -64,9 +68,16 @@ def latents(folder: Path, array: np.ndarray, kind: str = "latents") -> LatentDat
 # --- The order ----------------------------------------------------------------------------------------------
 
 
+def epoch_of(sizes: list[int], seed: int, epoch: int, window_shards: int = 2) -> list[int]:
+    stream = SampleStream(sizes, seed=seed, flips=False, window_shards=window_shards)
+    return stream.read(epoch * sum(sizes), sum(sizes))[0].tolist()
+
+
 @given(SHARD_SIZES, SEEDS, st.integers(0, 5), st.integers(1, 10))
 def test_an_epoch_holds_every_sample_once_and_windows_keep_to_their_shards(sizes, seed, epoch, window_shards):
-    windows = list(epoch_order(sizes, seed, epoch, window_shards))
+    epoch_order = EpochOrder(np.array([0, *itertools.accumulate(sizes)]), seed, epoch, window_shards)
+    windows = [epoch_order.indices(window) for window in range(math.ceil(len(sizes) / window_shards))]
+    assert np.concatenate(windows).tolist() == epoch_of(sizes, seed, epoch, window_shards)
     assert sorted(np.concatenate(windows).tolist()) == list(range(sum(sizes)))
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     shards_seen = [set(shard_of[window].tolist()) for window in windows]
@@ -75,15 +86,12 @@ def test_an_epoch_holds_every_sample_once_and_windows_keep_to_their_shards(sizes
 
 
 def test_epochs_and_seeds_differ_and_repeat_exactly():
-    def flat(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(list(epoch_order([50, 50], seed, epoch, 2))).tolist()
-
-    assert flat(0, 0) == flat(0, 0)
-    assert len({tuple(flat(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+    assert epoch_of([50, 50], 0, 0) == epoch_of([50, 50], 0, 0)
+    assert len({tuple(epoch_of([50, 50], seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
 
 
 def test_a_window_is_shuffled_uniformly():
-    first = [next(epoch_order([2, 3], seed, 0, 2))[0] for seed in range(2000)]
+    first = [epoch_of([2, 3], seed, 0)[0] for seed in range(2000)]
     counts = np.bincount(first, minlength=5)
     assert np.abs(counts - 400).max() < 5 * np.sqrt(2000 * 0.2 * 0.8)  # five standard deviations
 
@@ -92,8 +100,7 @@ def test_a_window_is_shuffled_uniformly():
 def test_the_stream_is_the_epochs_end_to_end(sizes, seed):
     batches = order(sizes, seed=seed, micro_batch_size=3, num_micro_batches=1)
     three_epochs = [ref.index for batch in take(batches, sum(sizes)) for ref in batch]
-    windows = [window for epoch in range(3) for window in epoch_order(sizes, seed, epoch, window_shards=2)]
-    assert three_epochs == np.concatenate(windows).tolist()
+    assert three_epochs == [index for epoch in range(3) for index in epoch_of(sizes, seed, epoch)]
 
 
 @given(SHARD_SIZES, SEEDS, st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
@@ -134,6 +141,18 @@ def test_about_half_of_the_positions_flip_and_none_when_flips_are_off():
         flips=False,
     )
     assert not any(ref.flip for batch in take(plain, 30) for ref in batch)
+
+
+def test_each_sample_flips_in_half_of_the_epochs_whatever_it_did_before():
+    num_samples, num_epochs = 50, 2000
+    stream = SampleStream([20, 30], seed=0, flips=True)
+    flips = np.empty((num_epochs, num_samples), bool)
+    for epoch in range(num_epochs):
+        indices, of_epoch = stream.read(epoch * num_samples, num_samples)
+        flips[epoch, indices] = of_epoch
+    five_deviations = 5 * np.sqrt(0.25 / num_epochs)
+    assert np.abs(flips.mean(axis=0) - 0.5).max() < five_deviations
+    assert np.abs((flips[1:] == flips[:-1]).mean(axis=0) - 0.5).max() < five_deviations
 
 
 def test_orders_that_cannot_be_are_refused():
@@ -237,3 +256,17 @@ def test_a_corrupt_image_is_named_in_one_line(tmp_path, num_workers):
     shard = tmp_path / "set" / "shard-000000.tar"
     assert str(caught.value).startswith(f"{shard}, sample 000000000 cannot be decoded")
     assert "\n" not in str(caught.value)
+
+
+class Signalled(ImageDataset):
+    """Is sent a scheduler's notice, alone and with its process group, while it reads."""
+
+    def __getitem__(self, ref: SampleRef) -> dict[str, torch.Tensor | int]:
+        os.killpg(os.getpgid(0), signal.SIGUSR1)
+        return super().__getitem__(ref) | {"group": os.getpgid(0)}
+
+
+def test_workers_outlive_what_a_scheduler_sends_to_all_processes(images: ImageDataset) -> None:
+    batches = list(sequential_batches(Signalled(images.shards), 4, num_workers=1))
+    assert torch.cat([batch["label"] for batch in batches]).tolist() == [0, 10, 20, 30, 40, 50, 60]
+    assert os.getpgid(0) not in torch.cat([batch["group"] for batch in batches]).tolist()  # a group of their own
