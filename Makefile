@@ -16,7 +16,7 @@ SAMPLES := samples/stacked_mnist
 quickstart: $(BIN)/.installed-quickstart
 	test -d $(DATA) || $(BIN)/python data_prep/make_shards.py stacked_mnist --out $(DATA)
 	$(LAUNCH) autoencoder/train.py --config configs/autoencoder/stacked_mnist.yaml
-	test -d $(DATA)_latents || $(BIN)/python autoencoder/encode.py --autoencoder $(RUNS)/autoencoder --data $(DATA) --out $(DATA)_latents
+	$(BIN)/python autoencoder/encode.py --autoencoder $(RUNS)/autoencoder --data $(DATA) --out $(DATA)_latents
 	$(LAUNCH) ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml
 	test -d $(SAMPLES) || $(LAUNCH) ldgan/sample.py --checkpoint $(RUNS)/gan --num-images 64 --out $(SAMPLES)
 	$(BIN)/python ldgan/evaluate.py --checkpoint $(RUNS)/gan --metrics modes

@@ -23,7 +23,6 @@ from autoencoder.decoding import (
     ImageFiles,
     ImageShards,
     Output,
-    batches_of_blocks,
     begin,
     decode_batches,
     finish,
@@ -33,6 +32,7 @@ from autoencoder.latents import check_latents
 from autoencoder.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
 from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
+from autoencoder.resumable import batches_of_blocks
 from autoencoder.tiling import decode_tiled
 from data_prep.loader import LatentDataset
 from data_prep.shards import ShardSet
@@ -162,7 +162,6 @@ def parse_flags() -> argparse.Namespace:
     add("--autoencoder", type=Path, required=True, metavar="RUN", help="finished run of autoencoder/train.py")
     add(
         "--latents",
-        type=Path,
         required=True,
         metavar="SHARDS",
         help="latent shards; posteriors are decoded at their means",

@@ -7,9 +7,6 @@ already, so that an image has the same bits whether or not the work was interrup
 from __future__ import annotations
 
 import abc
-import hashlib
-import json
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from autoencoder import resumable
+from autoencoder.resumable import ResumableShards
 from data_prep.loader import LatentDataset, SampleRef
-from data_prep.shards import Manifest, ShardFile, ShardInfo
-from ldgan.engine.cli import UserError
-from ldgan.engine.files import BackgroundWrites, commit, new_folder, temporary_name, write_atomically, writing_to
+from ldgan.engine.files import BackgroundWrites, write_atomically, writing_to
 from ldgan.engine.images import encode_lossless, to_uint8
 from ldgan.engine.progress import ProgressBar
 from ldgan.engine.shares import batches
 from ldgan.engine.threads import map_ahead
 
-DESCRIPTION = "decoding.json"
+TASK = "decoding"
+DESCRIPTION = f"{TASK}.json"
 READ_AHEAD_BATCHES = 2
 
 
@@ -81,135 +79,40 @@ class ImageShards(Output):
 
     def __init__(self, folder: Path, num_images: int, samples_per_shard: int) -> None:
         super().__init__(folder, samples_per_shard)
-        self._blocks = list(batches(range(num_images), samples_per_shard))
-        self._lock = threading.Lock()
-        self._open: dict[int, _OrderedShard] = {}
+        self._shards = ResumableShards(folder, list(batches(range(num_images), samples_per_shard)))
 
     def is_written(self, number: int) -> bool:
         """Whether the shard that image ``number`` belongs to is complete."""
-        return self._path(number // self.block_size).exists()
+        return self._shards.is_written(number // self.block_size)
 
     def write(self, number: int, image: Tensor, label: int) -> None:
         """Append an image to its shard, after those before it."""
         sample = {"png": encode_lossless(image, "png")} | ({"cls": str(label).encode()} if label >= 0 else {})
-        shard = number // self.block_size
-        with self._lock:
-            if shard not in self._open:
-                self._open[shard] = _OrderedShard(self._path(shard), self._blocks[shard])
-            if self._open[shard].put(number, sample):
-                del self._open[shard]
+        self._shards.write(number, sample)
 
     def close(self) -> None:
         """Abandon shards that are not complete."""
-        for shard in self._open.values():
-            shard.abandon()
-        self._open.clear()
+        self._shards.close()
 
     def write_manifest(self, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float) -> None:
         """Make the shards of all processes and runs a shard set; ``seconds`` as in `Manifest`."""
-        manifest = Manifest(
-            kind="images",
-            num_samples=sum(map(len, self._blocks)),
-            shards=tuple(_describe(self._path(shard), len(block)) for shard, block in enumerate(self._blocks)),
-            class_names=list(class_names) if class_names is not None else None,
-            has_captions=False,
-            seconds=seconds,
-            details=dict(details),
-        )
-        with writing_to(self.folder):
-            manifest.write(self.folder)
-
-    def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}.tar"
-
-
-class _OrderedShard:
-    """A tar in the making, whose samples arrive in nearly the right order."""
-
-    def __init__(self, path: Path, numbers: range) -> None:
-        self._path, self._numbers, self._next = path, numbers, numbers.start
-        self._early: dict[int, dict[str, bytes]] = {}
-        self._tar = ShardFile(temporary_name(path))
-
-    def put(self, number: int, sample: dict[str, bytes]) -> bool:
-        """Take a sample; True if it was the last one missing, and the shard is on the disk."""
-        self._early[number] = sample
-        while self._next in self._early:
-            self._tar.write(self._next, self._early.pop(self._next))
-            self._next += 1
-        if self._next < self._numbers.stop:
-            return False
-        self._tar.close()
-        commit(self._path)
-        return True
-
-    def abandon(self) -> None:
-        self._tar.abandon()
-        temporary_name(self._path).unlink(missing_ok=True)
-
-
-def _describe(path: Path, num_samples: int) -> ShardInfo:
-    """What the manifest says about a shard, read from the disk: another process or run may have written it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return ShardInfo(path.name, num_samples, path.stat().st_size, digest.hexdigest())
+        self._shards.write_manifest("images", class_names, details, seconds)
 
 
 def begin(folder: Path, decoding: Mapping[str, Any]) -> bool:
-    """Make ``folder`` with a note of what it is for, or check the one that an earlier run left there.
-
-    Returns:
-        Whether an earlier run has finished the same decoding.
-
-    Raises:
-        UserError: the folder is of another decoding or of something else, or cannot be written.
-    """
-    path = folder / DESCRIPTION
-    if path.exists():
-        return _finished_before(path, decoding)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already and is no decoding to continue; choose another --out")
-    with writing_to(folder), new_folder(folder) as temporary:
-        _write_description(temporary, decoding, finished=False)
-    return False
+    """Make ``folder`` with a note of ``decoding``, or check it; see `autoencoder.resumable.begin`."""
+    return resumable.begin(folder, TASK, decoding)
 
 
 def finish(folder: Path, decoding: Mapping[str, Any]) -> None:
     """Note that everything is there."""
-    with writing_to(folder):
-        _write_description(folder, decoding, finished=True)
-
-
-def _write_description(folder: Path, decoding: Mapping[str, Any], *, finished: bool) -> None:
-    write_atomically(folder / DESCRIPTION, json.dumps({**decoding, "finished": finished}, indent=2) + "\n")
-
-
-def _finished_before(path: Path, decoding: Mapping[str, Any]) -> bool:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        finished = found.pop("finished")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({error}); choose another --out") from error
-    for key, value in decoding.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{path.parent}: exists already, of another decoding ({key} {found.get(key)}, now {value});"
-                " choose another --out"
-            )
-    return finished is True
+    resumable.finish(folder, TASK, decoding)
 
 
 def unfinished_blocks(output: Output, num_images: int) -> list[range]:
     """The image numbers of each block of which something is not written yet."""
     blocks = batches(range(num_images), output.block_size)
     return [block for block in blocks if not all(map(output.is_written, block))]
-
-
-def batches_of_blocks(blocks: Sequence[range], batch_size: int) -> list[range]:
-    """Cut blocks into batches; a block's last batch may be smaller."""
-    return [batch for block in blocks for batch in batches(block, batch_size)]
 
 
 @torch.inference_mode()

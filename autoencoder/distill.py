@@ -195,7 +195,7 @@ def compare(
     for metric, mean in zip(metrics, measure_agreement(light, autoencoder, batches, metrics)):
         mean.sums = accelerator.reduce(mean.sums, "sum")
         results[metric.name] = {"mean": mean.mean, "standard_error": mean.standard_error, "unit": metric.unit}
-    return {"latents": config.latents, "num_latents": num_latents, "metrics": results}
+    return {"latents": str(data.shards.folder), "num_latents": num_latents, "metrics": results}
 
 
 def publish(run: RunFolder, ema: EMA[LightDecoder], out: Path) -> None:

@@ -11,62 +11,114 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import time
+from typing import Any
 
-import torch
-from torch import Tensor
+from accelerate import Accelerator
 
-from autoencoder.latents import describe_latents, pack_moments
-from autoencoder.loading import load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from data_prep.loader import ImageDataset, sequential_batches
-from data_prep.shards import ShardSet, ShardWriter
+from autoencoder.encoding import (
+    DTYPES,
+    MomentsEncoder,
+    check_precision,
+    encode_blocks,
+    parallel_passes,
+    precision_line,
+    shard_ranges,
+)
+from autoencoder.latents import describe_latents
+from autoencoder.loading import fingerprint, load_autoencoder
+from autoencoder.resumable import ResumableShards, begin, finish
+from data_prep.loader import ImageDataset
+from data_prep.shards import Manifest, ShardSet
 from ldgan.engine import cli
 from ldgan.engine.progress import progress_bar
+from ldgan.engine.session import make_accelerator
 
+TASK = "encoding"
 EXAMPLES = """
 examples:
   python autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents
   python autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents --flips
+
+  # Several processes, each with processes of its own that read images
+  accelerate launch --multi_gpu autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents \\
+      --workers 4
+
+Shard k of the latents is made of shard k of the images, and has the same bytes on any number of processes (batches and
+devices being the same). A run that was stopped, or killed, goes on when the same command is given again: shards that
+are complete are kept.
 """
 
 
 def main() -> None:
-    """Read image shards, write latent shards."""
+    """Read image shards, write the latent shards that are not there yet."""
     flags = parse_flags()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    autoencoder = load_autoencoder(flags.autoencoder, device)
+    accelerator = make_accelerator("fp32")
+    encode = MomentsEncoder(load_autoencoder(flags.autoencoder, accelerator.device), flags.flips, flags.dtype)
     images = ImageDataset(ShardSet.open(flags.data))
-    manifest = images.shards.manifest
-    details = describe_latents(autoencoder, manifest.details["resolution"], flips=flags.flips) | {
-        "images": {"fingerprint": manifest.fingerprint, "seconds": manifest.seconds}
+    num_passes = parallel_passes(accelerator.device)
+    settings = describe(images.shards, encode)
+    finished = accelerator.is_main_process and begin(flags.out, TASK, settings)
+    accelerator.wait_for_everyone()  # until the folder is there
+
+    if accelerator.is_main_process:
+        precision = check_precision(encode, images)
+        print(precision_line(flags.dtype, precision), file=sys.stderr)
+    output = ResumableShards(flags.out, shard_ranges(images.shards), accelerator.num_processes)
+    started = time.monotonic()
+    num_encoded = encode_rest(accelerator, encode, images, output, flags.batch_size, flags.workers, num_passes)
+    rate = num_encoded / (time.monotonic() - started)
+    if finished and num_encoded == 0:
+        print(f"{flags.out} was finished before; nothing to do")
+    elif accelerator.is_main_process:
+        manifest = images.shards.manifest
+        details = manifest_details(manifest, encode) | {"precision": precision}
+        output.write_manifest("latents", manifest.class_names, details, output.seconds())
+        finish(flags.out, TASK, settings)
+        done = f"{num_encoded:,} encoded now, {rate:,.1f} images/s"
+        print(f"{len(images):,} latents of shape {details['latent_shape']} in {flags.out} ({done})")
+
+
+def encode_rest(
+    accelerator: Accelerator,
+    encode: MomentsEncoder,
+    images: ImageDataset,
+    output: ResumableShards,
+    batch_size: int,
+    num_workers: int,
+    num_passes: int,
+) -> int:
+    """Encode this process's share of the shards that are not complete; how many images all shares hold."""
+    blocks = output.unfinished()
+    accelerator.wait_for_everyone()  # until all have seen the same, before anything is added
+    share = blocks[accelerator.process_index :: accelerator.num_processes]
+    with progress_bar("encoding", sum(map(len, share)), "images", enabled=accelerator.is_main_process) as bar:
+        encode_blocks(
+            encode, images, output, share, bar, batch_size=batch_size, num_workers=num_workers, num_passes=num_passes
+        )
+    accelerator.wait_for_everyone()  # until all latents are there
+    return sum(map(len, blocks))
+
+
+def describe(shards: ShardSet, encode: MomentsEncoder) -> dict[str, Any]:
+    """All that the latents depend on; a folder is continued only if it is the same."""
+    return {
+        "format": "ldgan-encoding/1",
+        "images": shards.manifest.fingerprint,
+        "num_images": len(shards),
+        "autoencoder": fingerprint(encode.autoencoder),
+        "dtype": encode.dtype,
+        "flips": encode.flips,
     }
-    with (
-        ShardWriter(flags.out, "latents", class_names=manifest.class_names, details=details) as writer,
-        progress_bar("encoding", len(images), "images") as bar,
-    ):
-        for batch in sequential_batches(images, flags.batch_size, num_workers=flags.workers):
-            moments = encode_moments(autoencoder, batch["image"].to(device), flips=flags.flips)
-            for index, label in enumerate(batch["label"].tolist()):
-                # fp16 keeps 11 bits of the moments of unit-variance latents; the noise of a sample hides the rest.
-                writer.write(pack_moments(moments[index].half(), label))
-            bar.advance(len(moments))
-    print(f"{writer.manifest.num_samples:,} latents of shape {details['latent_shape']} in {flags.out}")
 
 
-@torch.inference_mode()
-def encode_moments(autoencoder: AutoencoderKL, images: Tensor, *, flips: bool) -> Tensor:
-    """Moments (B, 2C, h, w), mean and std along channels, of images in [-1, 1]; on the CPU.
-
-    With ``flips`` (B, 2, 2C, h, w): a flipped latent is not the latent of a flipped image, so both are encoded.
-    """
-
-    def moments(batch: Tensor) -> Tensor:
-        posterior = autoencoder.encode(batch)
-        return torch.cat([posterior.mean, posterior.std], dim=1)
-
-    if not flips:
-        return moments(images).cpu()
-    return torch.stack([moments(images), moments(images.flip(-1))], dim=1).cpu()
+def manifest_details(images: Manifest, encode: MomentsEncoder) -> dict[str, Any]:
+    """What the latents' manifest says beside what `check_precision` finds: whose they are, and of which images."""
+    return {
+        **describe_latents(encode.autoencoder, images.details["resolution"], flips=encode.flips),
+        "dtype": encode.dtype,
+        "images": {"fingerprint": images.fingerprint, "seconds": images.seconds},
+    }
 
 
 def parse_flags() -> argparse.Namespace:
@@ -77,13 +129,32 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--autoencoder", type=Path, required=True, metavar="RUN", help="finished run of autoencoder/train.py"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="SHARDS", help="folder of image shards")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the latent shards")
+    parser.add_argument("--data", required=True, metavar="SHARDS", help="folder of image shards")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder, or one that the same command began"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp16",
+        help="how numbers are stored: fp16 is half as large, and what it costs is measured on the first images, see"
+        " the command's first line and the manifest (default: fp16)",
+    )
     parser.add_argument("--flips", action="store_true", help="also encode the mirror image of every image")
     parser.add_argument(
-        "--batch-size", type=cli.positive, default=256, metavar="N", help="images per forward pass (default: 256)"
+        "--batch-size",
+        type=cli.positive,
+        default=64,
+        metavar="N",
+        help="images per forward pass; on CPUs each core makes passes of its own (default: 64)",
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (default: 0)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that read images, for each process that encodes (default: 0)",
+    )
     return parser.parse_args()
 
 

@@ -312,9 +312,7 @@ def parse_flags() -> argparse.Namespace:
         metavar="RUN",
         help="finished run of autoencoder/train.py, or a folder in diffusers' format",
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="SHARDS", help="image shards that it was not trained on"
-    )
+    parser.add_argument("--data", required=True, metavar="SHARDS", help="image shards that it was not trained on")
     parser.add_argument(
         "--num-images", type=cli.positive, metavar="N", help="the first N images, at least 2 (default: all)"
     )

@@ -21,7 +21,6 @@ from autoencoder.decoding import (
     ImageFiles,
     ImageShards,
     Output,
-    batches_of_blocks,
     begin,
     decode_batches,
     finish,
@@ -30,6 +29,7 @@ from autoencoder.decoding import (
 from autoencoder.latents import describe_latents, pack_moments
 from autoencoder.loading import KIND, WEIGHTS, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
+from autoencoder.resumable import batches_of_blocks
 from autoencoder.tiling import decode_tiled
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
@@ -93,8 +93,8 @@ def images_of(out: Path, image_format: str) -> np.ndarray:
 
 
 def state(out: Path) -> dict[str, tuple[bytes, int]]:
-    """Content and time of every file."""
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    """Content and time of every file that is not hidden."""
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.glob("[!.]*")}
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -176,6 +176,23 @@ def test_a_file_half_written_is_no_image(folder, tmp_path, monkeypatch):
     assert not (out / ".shard-000001.tar.tmp").exists()
     shards = [ShardSet.open(path).manifest.shards for path in (out, tmp_path / "uninterrupted")]
     assert shards[0] == shards[1]
+
+
+def test_a_shard_that_was_cut_before_the_end_is_written_again(folder, tmp_path):
+    whole, cut = (ImageShards(tmp_path / name, NUM_IMAGES, samples_per_shard=4) for name in ("whole", "cut"))
+    for output in (whole, cut):
+        output.folder.mkdir()
+        decode_share(folder, output, unfinished_blocks(output, NUM_IMAGES))
+    path = tmp_path / "cut" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    before = state(tmp_path / "cut")
+    output = ImageShards(tmp_path / "cut", NUM_IMAGES, samples_per_shard=4)
+    assert unfinished_blocks(output, NUM_IMAGES) == [range(4, 8)]
+    decode_share(folder, output, [range(4, 8)])
+    after = state(tmp_path / "cut")
+    assert [name for name in after if after[name] != before[name]] == ["shard-000001.tar"]
+    contents = [{name: content for name, (content, _) in files.items()} for files in (after, state(tmp_path / "whole"))]
+    assert contents[0] == contents[1]
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
