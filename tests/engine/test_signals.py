@@ -53,8 +53,12 @@ def test_an_error_in_the_block_restores_what_signals_meant() -> None:
 
 
 def test_ctrl_c_is_none_of_its_business() -> None:
-    with pytest.raises(KeyboardInterrupt), noting_signals():
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt), noting_signals():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_nothing_is_noted_and_nothing_fails() -> None:
