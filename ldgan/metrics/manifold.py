@@ -25,22 +25,14 @@ from ldgan.engine.cli import UserError
 from ldgan.metrics.distances import BLOCK_SIZE, Progress, check_pair, distance_blocks, mean_of
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares, 0 to 1: of fake images among the real ones, and of real images among the fake ones."""
-
-    precision: float
-    recall: float
-
-
-class DensityCoverage(NamedTuple):
-    """Fakes per real ball as a multiple of k, about 1 for real images; share of real balls with a fake inside."""
-
-    density: float
-    coverage: float
-
-
 class PRDC(NamedTuple):
-    """All four; see `PrecisionRecall` and `DensityCoverage`."""
+    """Shares, 0 to 1, but for the density.
+
+    precision: of fake images among the real ones.
+    recall: of real images among the fake ones.
+    density: fakes per real ball as a multiple of k, about 1 for real images.
+    coverage: of real balls with a fake inside.
+    """
 
     precision: float
     recall: float
@@ -102,18 +94,6 @@ def prdc(
 def num_distances(num_real: int, num_fake: int) -> int:
     """How many distances `prdc` computes: one for each pair of all images, and one of each image to itself."""
     return math.comb(num_real + num_fake + 1, 2)
-
-
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3, block_size: int = BLOCK_SIZE) -> PrecisionRecall:
-    """Precision and recall alone; they take as long as all four of `prdc`, which tells more."""
-    four = prdc(real, fake, k_manifold=k, k_density=k, block_size=block_size)
-    return PrecisionRecall(four.precision, four.recall)
-
-
-def density_coverage(real: Tensor, fake: Tensor, k: int = 5, block_size: int = BLOCK_SIZE) -> DensityCoverage:
-    """Density and coverage alone; they take as long as all four of `prdc`, which tells more."""
-    four = prdc(real, fake, k_manifold=k, k_density=k, block_size=block_size)
-    return DensityCoverage(four.density, four.coverage)
 
 
 def _squared_radii(

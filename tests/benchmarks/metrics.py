@@ -29,7 +29,7 @@ from ldgan.engine import cli
 from ldgan.metrics.classifier_score import classifier_score
 from ldgan.metrics.frechet import FeatureStatistics, frechet_distance
 from ldgan.metrics.kernel_distance import kernel_distance
-from ldgan.metrics.manifold import density_coverage, prdc, precision_recall
+from ldgan.metrics.manifold import prdc
 from ldgan.metrics.neighbours import copying
 
 BLOCK_SIZE = 1000  # features made, or added to statistics, at a time
@@ -69,8 +69,6 @@ METRICS: Mapping[str, Callable[[Features], tuple[float, ...]]] = {
     "fid": frechet,
     "kid": lambda features: kernel_distance(features.real, features.fake),
     "is": lambda features: classifier_score(features.logits),
-    "pr": lambda features: precision_recall(features.real, features.fake),
-    "dc": lambda features: density_coverage(features.real, features.fake),
     "prdc": lambda features: prdc(features.real, features.fake),
     "copying": lambda features: copying(features.fake, features.real[:NUM_HELDOUT], features.real[NUM_HELDOUT:]),
 }

@@ -45,7 +45,7 @@ from ldgan.engine.shares import batches
 from ldgan.evaluation import QUALITY_METRICS, FeatureMeter, FeatureSet, Metric, collect, measure_quality
 from ldgan.image_sets import Batch, ImageSet, open_images
 from ldgan.metrics.features import FeatureNetwork, add_feature_flags, chosen_features, feature_network
-from ldgan.metrics.neighbours import copying
+from ldgan.metrics.neighbours import copying_from_distances, nearest
 
 TEST, OTHERS, SAME = "test images", "other training images", "the same training images"
 BLURRED, NOISED, COLLAPSED = "blurred, sigma 1 px", "noised, std 10 of 255", "some classes only"
@@ -192,11 +192,12 @@ def features_of(
 
 def measure(metrics: Collection[str], network: FeatureNetwork, features: Mapping[str, FeatureSet]) -> list[Reaction]:
     """Every row beside the reference, which is the row `SAME`; held-out images are those of the row `TEST`."""
-    reference, heldout = features[SAME], features[TEST]
+    reference = features[SAME]
+    distances = {name: nearest(each.features, reference.features).distances[:, 0] for name, each in features.items()}
     reactions = []
     for name, samples in features.items():
         results = measure_quality(metrics, samples, reference, network, show_progress=True)
-        copies = copying(samples.features, heldout.features, reference.features)
+        copies = copying_from_distances(distances[name], distances[TEST])
         reactions.append(Reaction(name, results, copies.nearer_than_heldout))
     return reactions
 

@@ -32,7 +32,7 @@ from ldgan.engine.seeding import noise_from_seeds
 from ldgan.judging import REAL_IMAGES_SEED, judge_images, real_images
 from ldgan.loading import DDPM, GAN, WEIGHTS, build_unet, load_model
 from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
-from ldgan.metrics.manifold import density_coverage, precision_recall
+from ldgan.metrics.manifold import prdc
 from ldgan.metrics.modes import mode_coverage
 from ldgan.networks import UNetConfig
 from ldgan.sampling import SamplerConfig
@@ -127,12 +127,10 @@ def reference_images(seed: int = REAL_IMAGES_SEED) -> Tensor:
 def expected_numbers(judge: TrainedClassifier, images: Tensor) -> dict[str, float]:
     judgement = judge_images(judge.model, images)
     reference = judge_images(judge.model, reference_images()).features
-    quality, density = (
-        metric(reference, judgement.features)._asdict() for metric in (precision_recall, density_coverage)
-    )
+    manifold = prdc(reference, judgement.features)._asdict()
     modes = mode_coverage(judgement.modes.numpy())
     confidence = judgement.confidence.mean().item()
-    return {**quality, **density, "kl": modes.kl, "num_modes": modes.num_covered, "confidence": confidence}
+    return {**manifold, "kl": modes.kl, "num_modes": modes.num_covered, "confidence": confidence}
 
 
 def test_each_row_is_judged_by_the_images_of_its_seeds(folder, judge, run_compare) -> None:

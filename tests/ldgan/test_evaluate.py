@@ -40,7 +40,7 @@ from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
 from ldgan.metrics.features import FeatureNetwork, feature_network
 from ldgan.metrics.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from ldgan.metrics.kernel_distance import kernel_distance
-from ldgan.metrics.manifold import density_coverage, precision_recall
+from ldgan.metrics.manifold import prdc
 from ldgan.networks import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,15 +174,15 @@ def test_files_are_measured_as_their_pixels_are(
         for name, number in (("samples", NUM_SAMPLES), ("real", NUM_REAL), ("heldout", NUM_HELDOUT))
     )
     as_many = real[:NUM_SAMPLES]
-    manifold, density = precision_recall(as_many, samples, k=3), density_coverage(as_many, samples, k=5)
+    manifold = prdc(as_many, samples, k_manifold=3, k_density=5)
     kernel = kernel_distance(as_many, samples)
     expected = {
         "Frechet distance (squeezenet)": frechet_distance(fit(samples), fit(real)),
         "kernel distance (squeezenet)": kernel.mean,
         "precision (squeezenet)": manifold.precision,
         "recall (squeezenet)": manifold.recall,
-        "density (squeezenet)": density.density,
-        "coverage (squeezenet)": density.coverage,
+        "density (squeezenet)": manifold.density,
+        "coverage (squeezenet)": manifold.coverage,
     }
     assert values(result) == pytest.approx(expected, rel=1e-4)
     assert result["metrics"][0]["details"] == {"num_images": NUM_SAMPLES, "num_reference_images": NUM_REAL}

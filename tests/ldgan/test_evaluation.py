@@ -27,7 +27,7 @@ from ldgan.metrics.classifier_score import classifier_score
 from ldgan.metrics.features import Extractor, FeatureNetwork, Features
 from ldgan.metrics.frechet import FeatureStatistics, frechet_distance
 from ldgan.metrics.kernel_distance import kernel_distance
-from ldgan.metrics.manifold import density_coverage, precision_recall
+from ldgan.metrics.manifold import prdc
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH_SIZE = 2
@@ -283,8 +283,7 @@ def measured(metrics: Sequence[str], samples: FeatureSet, reference: FeatureSet 
 def test_every_number_is_that_of_its_own_function(samples: FeatureSet, reference: FeatureSet) -> None:
     metrics = measure_quality(["dc", "is", "pr", "kid", "fid"], samples, reference, sums())
     kernel, score = kernel_distance(reference.features, samples.features), classifier_score(samples.logits)
-    manifold = precision_recall(reference.features, samples.features, k=3)
-    neighbourhood = density_coverage(reference.features, samples.features, k=5)
+    manifold = prdc(reference.features, samples.features, k_manifold=3, k_density=5)
     assert manifold.precision != manifold.recall
     numbers = {"num_images": 40, "num_reference_images": 30}
     assert [tuple(metric) for metric in metrics] == [
@@ -298,8 +297,8 @@ def test_every_number_is_that_of_its_own_function(samples: FeatureSet, reference
         ("classifier score (sums)", score.mean, score.std, "higher", {"num_images": 40}),
         ("precision (sums)", manifold.precision, None, "higher", {"k": 3, **numbers}),
         ("recall (sums)", manifold.recall, None, "higher", {"k": 3, **numbers}),
-        ("density (sums)", neighbourhood.density, None, "higher", {"k": 5, **numbers}),
-        ("coverage (sums)", neighbourhood.coverage, None, "higher", {"k": 5, **numbers}),
+        ("density (sums)", manifold.density, None, "higher", {"k": 5, **numbers}),
+        ("coverage (sums)", manifold.coverage, None, "higher", {"k": 5, **numbers}),
     ]
 
 

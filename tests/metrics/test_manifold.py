@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldgan.engine.cli import UserError
-from ldgan.metrics.manifold import density_coverage, num_distances, prdc, precision_recall
+from ldgan.metrics.manifold import num_distances, prdc
 
 
 def gaussian(seed: int, num_images: int, num_features: int, spread: float = 1.0) -> Tensor:
@@ -46,7 +46,7 @@ def brute_force(real: Tensor, fake: Tensor, k: int) -> tuple[float, float, float
 
 
 def measured(real: Tensor, fake: Tensor, k: int, block_size: int) -> tuple[float, float, float, float]:
-    return (*precision_recall(real, fake, k, block_size), *density_coverage(real, fake, k, block_size))
+    return prdc(real, fake, k_manifold=k, k_density=k, block_size=block_size)
 
 
 PAIRS = {
@@ -78,8 +78,8 @@ def test_precision_and_recall_are_those_of_torch_fidelity(name: str, k: int, req
     metric = pytest.importorskip("torch_fidelity.metric_prc")
     real, fake = peers_input(name, request)
     theirs = metric.prc_features_to_metric(fake, real, prc_neighborhood=k, verbose=False)
-    ours = precision_recall(real, fake, k)
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    ours = prdc(real, fake, k_manifold=k)
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
     assert 0 < ours.recall != ours.precision > 0
 
 
@@ -145,13 +145,14 @@ def test_an_outlier_lifts_precision_but_not_density() -> None:
     # Figure 3 of Naeem et al.: a real outlier's ball reaches over fakes that resemble nothing else.
     real = torch.cat([gaussian(0, 99, 2), torch.full((1, 2), 60.0)])
     fake = gaussian(1, 100, 2) + torch.tensor([30.0, 30.0])
-    assert precision_recall(real, fake).precision == 1.0
-    assert density_coverage(real, fake) == pytest.approx((1 / 5, 1 / 100))
+    precision, _, density, coverage = prdc(real, fake)
+    assert precision == 1.0
+    assert (density, coverage) == pytest.approx((1 / 5, 1 / 100))
 
 
 def test_two_samples_of_one_distribution_have_a_density_of_about_one() -> None:
     # A real image's ball holds k - 1 of its k neighbours and the k-th on its border: of as many fakes, about k.
-    density, coverage = density_coverage(gaussian(0, 2000, 2), gaussian(1, 2000, 2))
+    _, _, density, coverage = prdc(gaussian(0, 2000, 2), gaussian(1, 2000, 2))
     assert density == pytest.approx(1.0, abs=0.05)
     # E[coverage] = 1 - (1/2)^k for N = M (Naeem et al., section 3.3), 0.969 at k = 5.
     assert coverage == pytest.approx(1 - 0.5**5, abs=0.02)
@@ -159,11 +160,11 @@ def test_two_samples_of_one_distribution_have_a_density_of_about_one() -> None:
 
 def test_fewer_images_than_neighbours_are_refused() -> None:
     with pytest.raises(UserError, match="need more than 3 images, not 3"):
-        precision_recall(gaussian(0, 10, 2), gaussian(1, 3, 2))
+        prdc(gaussian(0, 10, 2), gaussian(1, 3, 2), k_density=3)
     with pytest.raises(UserError, match="need more than 5 images, not 4"):
         prdc(gaussian(0, 4, 2), gaussian(1, 10, 2))
     with pytest.raises(ValueError, match=r"\(10, 2\) and \(10, 3\)"):
-        density_coverage(gaussian(0, 10, 2), gaussian(1, 10, 3))
+        prdc(gaussian(0, 10, 2), gaussian(1, 10, 3))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
