@@ -23,7 +23,7 @@ from ldgan.engine.run import resolve_checkpoint, run_of
 from ldgan.engine.seeding import generator, noise_from_seeds
 from ldgan.guidance import classifier_free, classifier_gradient
 from ldgan.networks import UNet, UNetConfig
-from ldgan.sampling import Callback, Denoiser, Noise, SamplerConfig, ancestral, ddim
+from ldgan.sampling import Callback, Denoiser, Noise, Process, SamplerConfig, Start, ancestral, ddim
 
 GAN, DDPM = "diffusion GAN", "DDPM"  # kinds of runs
 # The averaged weights are the ones that are sampled from: their file, and the config section of their network.
@@ -71,19 +71,47 @@ class TrainedModel:
 
         A class-conditional model without ``labels`` draws them, uniformly, from the seeds.
         """
-        sampler = sampler or SamplerConfig()
-        device = next(self.network.parameters()).device
-        noise = noise_from_seeds(seeds, "sample", device)
-        diffusion = self.diffusion.respaced(sampler.num_steps) if sampler.num_steps else self.diffusion
-        wanted = self.labels(seeds, labels, device)
-        denoiser = self.denoiser(diffusion, noise, wanted if self.network.num_classes else None, sampler.guidance_scale)
-        guidance = None
-        if self.classifier is not None and wanted is not None:
-            guidance = classifier_gradient(self.classifier, diffusion, wanted, sampler.classifier_scale)
+        noise = noise_from_seeds(seeds, "sample", self.device)
+        return self.run(noise, noise, self.labels(seeds, labels), sampler or SamplerConfig(), callback=callback)
+
+    def run(
+        self,
+        z_noise: Noise,
+        x_noise: Noise,
+        labels: Tensor | None,
+        sampler: SamplerConfig,
+        *,
+        start: Start | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Samples of x_0, (B, C, s, s), from one source of noise for z and one for x_T and all that is added to x.
+
+        ``labels`` are as of `labels`; with ``start`` (steps of `process`) sampling begins there.
+        """
+        denoiser, diffusion, guidance = self.process(z_noise, labels, sampler)
         if sampler.method == "ddim":
-            eta = sampler.eta
-            return ddim(denoiser, diffusion, noise, self.data_shape, eta=eta, guidance=guidance, callback=callback)
-        return ancestral(denoiser, diffusion, noise, self.data_shape, guidance=guidance, callback=callback)
+            return ddim(
+                denoiser,
+                diffusion,
+                x_noise,
+                self.data_shape,
+                eta=sampler.eta,
+                start=start,
+                guidance=guidance,
+                callback=callback,
+            )
+        return ancestral(
+            denoiser, diffusion, x_noise, self.data_shape, start=start, guidance=guidance, callback=callback
+        )
+
+    def process(self, z_noise: Noise, labels: Tensor | None, sampler: SamplerConfig) -> Process:
+        """What a sampler works with: the process in the steps that are visited, what denoises, what guides."""
+        diffusion = self.diffusion.respaced(sampler.num_steps) if sampler.num_steps else self.diffusion
+        known = labels if self.network.num_classes else None
+        guidance = None
+        if self.classifier is not None and labels is not None:
+            guidance = classifier_gradient(self.classifier, diffusion, labels, sampler.classifier_scale)
+        return Process(self.denoiser(diffusion, z_noise, known, sampler.guidance_scale), diffusion, guidance)
 
     def denoiser(
         self, diffusion: Diffusion, noise: Noise, labels: Tensor | None = None, guidance_scale: float = 1.0
@@ -104,14 +132,19 @@ class TrainedModel:
 
         return denoise
 
-    def labels(self, seeds: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def labels(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Tensor | None:
         """Labels as a tensor, int64 (B,); a model with classes draws them from the seeds if none are given."""
         if labels is None:
             if self.network.num_classes == 0:
                 return None
             random = [generator("cpu", "label", seed) for seed in seeds]
             labels = [int(torch.randint(self.network.num_classes, (), generator=each)) for each in random]
-        return torch.tensor(labels, device=device)
+        return torch.tensor(labels, device=self.device)
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ Guidance = Callable[[Tensor, Tensor], Tensor]
 
 Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each step with t, the estimate of x_0 and x_{t-1}."""
+
+
+class Process(NamedTuple):
+    """What a sampler works with."""
+
+    denoiser: Denoiser
+    diffusion: Diffusion
+    guidance: Guidance | None
+
+
+class Start(NamedTuple):
+    """Where sampling begins in place of x_T ~ N(0, I)."""
+
+    step: int  # t, in the steps of the process that is sampled
+    x_t: Tensor  # (B, *shape)
 
 
 @dataclass
@@ -56,16 +71,18 @@ def ancestral(
     noise: Noise,
     shape: Sequence[int],
     *,
+    start: Start | None = None,
     guidance: Guidance | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1 from x_T ~ N(0, I): samples of x_0, (B, *shape).
 
     Ho et al., Algorithm 2, and Xiao et al., section 4. No noise is added at t = 1. ``guidance`` shifts each
-    mean by the variance times it (Dhariwal and Nichol, arXiv 2105.05233, Algorithm 1).
+    mean by the variance times it (Dhariwal and Nichol, arXiv 2105.05233, Algorithm 1). With ``start``, t runs from
+    there, as editing does (Meng et al., SDEdit, arXiv 2108.01073).
     """
-    x = noise(shape)
-    for step in range(diffusion.num_steps, 0, -1):
+    first_step, x = start or Start(diffusion.num_steps, noise(shape))
+    for step in range(first_step, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
         denoised = denoiser(x, t)
         if guidance is not None:
@@ -84,16 +101,17 @@ def ddim(
     shape: Sequence[int],
     *,
     eta: float = 0.0,
+    start: Start | None = None,
     guidance: Guidance | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Sample by denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12): x_0, (B, *shape).
 
     With ``eta`` 0 each step is deterministic, with 1 it has the posterior's variance. ``guidance`` is taken from
-    the noise estimate, times sqrt(1 - abar_t) (Dhariwal and Nichol, Algorithm 2).
+    the noise estimate, times sqrt(1 - abar_t) (Dhariwal and Nichol, Algorithm 2). ``start`` is as of `ancestral`.
     """
-    x = noise(shape)
-    for step in range(diffusion.num_steps, 0, -1):
+    first_step, x = start or Start(diffusion.num_steps, noise(shape))
+    for step in range(first_step, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
         x_0 = denoiser(x, t).x_0
         estimate = diffusion.noise_of_x_0(x_0, x, t)
