@@ -143,7 +143,7 @@ def test_labels_reach_their_rows_in_turn(runs: Path) -> None:
 
 def test_without_labels_classes_are_drawn_from_the_seeds(runs: Path) -> None:
     model = open_model(runs / "classes", SamplerConfig())
-    drawn = model.labels(range(200), None, torch.device("cpu"))
+    drawn = model.labels(range(200), None)
     assert drawn.bincount(minlength=4).min() > 25  # of 50 each
     torch.testing.assert_close(model.sample([3, 4]), model.sample([3, 4], drawn[3:5].tolist()), rtol=0, atol=0)
 
