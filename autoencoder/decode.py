@@ -81,8 +81,9 @@ def main() -> None:
     elif accelerator.is_main_process:
         seconds = time.monotonic() - started
         if isinstance(output, ImageShards):
-            details = {"resolution": latents.shards.manifest.details["resolution"], "image_format": "png"}
-            output.write_manifest(latents.shards.manifest.class_names, details | {"decoding": decoding}, seconds)
+            manifest = latents.shards.manifest
+            details = {"resolution": manifest.details["resolution"], "image_format": "png", "decoding": decoding}
+            output.write_manifest(manifest.class_names, details, seconds, has_captions=manifest.has_captions)
         finish(flags.out, decoding)
         print(f"{len(latents):,} images in {flags.out} ({num_decoded:,} decoded now, {seconds:.1f} s)")
 
@@ -171,8 +172,8 @@ def parse_flags() -> argparse.Namespace:
         "--format",
         choices=("png", "webp", "shards"),
         default="png",
-        help="numbered files, both kinds lossless, or image shards of PNGs with the latents' labels (default: png);"
-        " of shards, those that were complete when a run was stopped are kept",
+        help="numbered files, both kinds lossless, or image shards of PNGs with the latents' labels and captions"
+        " (default: png); of shards, those that were complete when a run was stopped are kept",
     )
     add(
         "--samples-per-shard",

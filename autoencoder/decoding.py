@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from autoencoder import resumable
+from autoencoder.latents import pack_caption, read_captions
 from autoencoder.resumable import ResumableShards
 from data_prep.loader import LatentDataset, SampleRef
 from ldgan.engine.files import BackgroundWrites, write_atomically, writing_to
@@ -44,8 +45,8 @@ class Output(abc.ABC):
         """Whether image ``number`` is on the disk for good."""
 
     @abc.abstractmethod
-    def write(self, number: int, image: Tensor, label: int) -> None:
-        """Write a uint8 image (C, H, W); ``label`` is -1 for none."""
+    def write(self, number: int, image: Tensor, label: int, caption: str) -> None:
+        """Write a uint8 image (C, H, W); ``label`` is -1 and ``caption`` "" for none."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -63,8 +64,8 @@ class ImageFiles(Output):
         """Whether there is a file of that number: it gets its name when it is complete."""
         return self._path(number).exists()
 
-    def write(self, number: int, image: Tensor, label: int) -> None:
-        """Write one file; files have no labels."""
+    def write(self, number: int, image: Tensor, label: int, caption: str) -> None:
+        """Write one file; files have neither labels nor captions."""
         write_atomically(self._path(number), encode_lossless(image, self._format))
 
     def close(self) -> None:
@@ -85,18 +86,20 @@ class ImageShards(Output):
         """Whether the shard that image ``number`` belongs to is complete."""
         return self._shards.is_written(number // self.block_size)
 
-    def write(self, number: int, image: Tensor, label: int) -> None:
+    def write(self, number: int, image: Tensor, label: int, caption: str) -> None:
         """Append an image to its shard, after those before it."""
         sample = {"png": encode_lossless(image, "png")} | ({"cls": str(label).encode()} if label >= 0 else {})
-        self._shards.write(number, sample)
+        self._shards.write(number, sample | pack_caption(caption))
 
     def close(self) -> None:
         """Abandon shards that are not complete."""
         self._shards.close()
 
-    def write_manifest(self, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float) -> None:
+    def write_manifest(
+        self, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float, *, has_captions: bool
+    ) -> None:
         """Make the shards of all processes and runs a shard set; ``seconds`` as in `Manifest`."""
-        self._shards.write_manifest("images", class_names, details, seconds)
+        self._shards.write_manifest("images", class_names, details, seconds, has_captions=has_captions)
 
 
 def begin(folder: Path, decoding: Mapping[str, Any]) -> bool:
@@ -133,23 +136,24 @@ def decode_batches(
         return
     max_pending = 2 * max(map(len, work))  # while one batch is being written, the next one is handed over
     with closing(output), BackgroundWrites(max_pending) as writes:
-        for numbers, batch in zip(work, read_ahead(latents, work)):
+        for numbers, (batch, captions) in zip(work, read_ahead(latents, work)):
             images = to_uint8(decode(batch["mean"].to(device)))
-            for number, image, label in zip(numbers, images, batch["label"].tolist()):
-                writes.submit(_write_missing, output, number, image, label)
+            for number, image, label, caption in zip(numbers, images, batch["label"].tolist(), captions):
+                writes.submit(_write_missing, output, number, image, label, caption)
             bar.advance(len(numbers))
 
 
-def read_ahead(latents: LatentDataset, work: Sequence[range]) -> Iterator[dict[str, Tensor]]:
-    """Yield batches as `data_prep.loader` does, read by a thread while the ones before are worked on."""
+def read_ahead(latents: LatentDataset, work: Sequence[range]) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
+    """Yield batches as `data_prep.loader` does, and captions, read by a thread while those before are worked on."""
 
-    def read(numbers: range) -> dict[str, Tensor]:
-        return default_collate([latents[SampleRef(number, flip=False)] for number in numbers])
+    def read(numbers: range) -> tuple[dict[str, Tensor], list[str]]:
+        batch = default_collate([latents[SampleRef(number, flip=False)] for number in numbers])
+        return batch, read_captions(latents.shards, numbers)
 
     return map_ahead(read, work, num_threads=1, ahead=READ_AHEAD_BATCHES)
 
 
-def _write_missing(output: Output, number: int, image: Tensor, label: int) -> None:
+def _write_missing(output: Output, number: int, image: Tensor, label: int, caption: str) -> None:
     with writing_to(output.folder):
         if not output.is_written(number):
-            output.write(number, image, label)
+            output.write(number, image, label, caption)

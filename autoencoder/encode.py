@@ -12,13 +12,17 @@ if __name__ == "__main__":
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from autoencoder.encoding import (
     DTYPES,
+    CaptionEncoder,
     MomentsEncoder,
+    caption_line,
     check_precision,
     encode_blocks,
     parallel_passes,
@@ -28,6 +32,7 @@ from autoencoder.encoding import (
 from autoencoder.latents import describe_latents
 from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.resumable import ResumableShards, begin, finish
+from autoencoder.text import TextEncoder, open_text_encoder
 from data_prep.loader import ImageDataset
 from data_prep.shards import Manifest, ShardSet
 from ldgan.engine import cli
@@ -39,6 +44,10 @@ EXAMPLES = """
 examples:
   python autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents
   python autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents --flips
+
+  # Captions are kept in any case; a text encoder adds their embeddings, for models that are told what to show
+  python autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents \\
+      --text-encoder models/all-MiniLM-L6-v2 --max-tokens 32
 
   # Several processes, each with processes of its own that read images
   accelerate launch --multi_gpu autoencoder/encode.py --autoencoder runs/ae --data data/images --out data/latents \\
@@ -56,8 +65,10 @@ def main() -> None:
     accelerator = make_accelerator("fp32")
     encode = MomentsEncoder(load_autoencoder(flags.autoencoder, accelerator.device), flags.flips, flags.dtype)
     images = ImageDataset(ShardSet.open(flags.data))
+    text_encoder = open_text(flags, images.shards, accelerator)
+    captions = CaptionEncoder(images.shards, text_encoder)
     num_passes = parallel_passes(accelerator.device)
-    settings = describe(images.shards, encode)
+    settings = describe(images.shards, encode, text_encoder)
     finished = accelerator.is_main_process and begin(flags.out, TASK, settings)
     accelerator.wait_for_everyone()  # until the folder is there
 
@@ -66,15 +77,22 @@ def main() -> None:
         print(precision_line(flags.dtype, precision), file=sys.stderr)
     output = ResumableShards(flags.out, shard_ranges(images.shards), accelerator.num_processes)
     started = time.monotonic()
-    num_encoded = encode_rest(accelerator, encode, images, output, flags.batch_size, flags.workers, num_passes)
+    num_encoded = encode_rest(
+        accelerator, encode, images, captions, output, flags.batch_size, flags.workers, num_passes
+    )
     rate = num_encoded / (time.monotonic() - started)
+    counts = sum_counts(accelerator, captions.counts)
     if finished and num_encoded == 0:
         print(f"{flags.out} was finished before; nothing to do")
     elif accelerator.is_main_process:
         manifest = images.shards.manifest
-        details = manifest_details(manifest, encode) | {"precision": precision}
-        output.write_manifest("latents", manifest.class_names, details, output.seconds())
+        details = manifest_details(manifest, encode, text_encoder) | {"precision": precision}
+        output.write_manifest(
+            "latents", manifest.class_names, details, output.seconds(), has_captions=manifest.has_captions
+        )
         finish(flags.out, TASK, settings)
+        if text_encoder is not None:
+            print(caption_line(counts, text_encoder.max_tokens))
         done = f"{num_encoded:,} encoded now, {rate:,.1f} images/s"
         print(f"{len(images):,} latents of shape {details['latent_shape']} in {flags.out} ({done})")
 
@@ -83,6 +101,7 @@ def encode_rest(
     accelerator: Accelerator,
     encode: MomentsEncoder,
     images: ImageDataset,
+    captions: CaptionEncoder,
     output: ResumableShards,
     batch_size: int,
     num_workers: int,
@@ -93,15 +112,33 @@ def encode_rest(
     accelerator.wait_for_everyone()  # until all have seen the same, before anything is added
     share = blocks[accelerator.process_index :: accelerator.num_processes]
     with progress_bar("encoding", sum(map(len, share)), "images", enabled=accelerator.is_main_process) as bar:
-        encode_blocks(
-            encode, images, output, share, bar, batch_size=batch_size, num_workers=num_workers, num_passes=num_passes
-        )
+        numbers = {"batch_size": batch_size, "num_workers": num_workers, "num_passes": num_passes}
+        encode_blocks(encode, images, captions, output, share, bar, **numbers)
     accelerator.wait_for_everyone()  # until all latents are there
     return sum(map(len, blocks))
 
 
-def describe(shards: ShardSet, encode: MomentsEncoder) -> dict[str, Any]:
+def open_text(flags: argparse.Namespace, images: ShardSet, accelerator: Accelerator) -> TextEncoder | None:
+    """The text encoder that ``flags`` name, if they do; a UserError where there is nothing for it to encode."""
+    if flags.text_encoder is None:
+        return None
+    if not images.manifest.has_captions:
+        raise cli.UserError(f"{images.folder}: holds no captions; leave --text-encoder out, or give captioned images")
+    return open_text_encoder(flags.text_encoder, accelerator.device, flags.max_tokens)
+
+
+def sum_counts(accelerator: Accelerator, counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts of all processes together."""
+    total = accelerator.reduce(torch.tensor(list(counts.values()), device=accelerator.device), "sum")
+    return dict(zip(counts, total.tolist()))
+
+
+def describe(shards: ShardSet, encode: MomentsEncoder, text_encoder: TextEncoder | None) -> dict[str, Any]:
     """All that the latents depend on; a folder is continued only if it is the same."""
+    # Keys that are only there where something is, so that folders that knew nothing of text go on.
+    text: dict[str, Any] = {"captions": True} if shards.manifest.has_captions else {}
+    if text_encoder is not None:
+        text |= {"text_encoder": text_encoder.fingerprint, "max_tokens": text_encoder.max_tokens}
     return {
         "format": "ldgan-encoding/1",
         "images": shards.manifest.fingerprint,
@@ -109,15 +146,17 @@ def describe(shards: ShardSet, encode: MomentsEncoder) -> dict[str, Any]:
         "autoencoder": fingerprint(encode.autoencoder),
         "dtype": encode.dtype,
         "flips": encode.flips,
+        **text,
     }
 
 
-def manifest_details(images: Manifest, encode: MomentsEncoder) -> dict[str, Any]:
+def manifest_details(images: Manifest, encode: MomentsEncoder, text_encoder: TextEncoder | None) -> dict[str, Any]:
     """What the latents' manifest says beside what `check_precision` finds: whose they are, and of which images."""
     return {
         **describe_latents(encode.autoencoder, images.details["resolution"], flips=encode.flips),
         "dtype": encode.dtype,
         "images": {"fingerprint": images.fingerprint, "seconds": images.seconds},
+        **({"text": text_encoder.description} if text_encoder is not None else {}),
     }
 
 
@@ -141,6 +180,20 @@ def parse_flags() -> argparse.Namespace:
         " the command's first line and the manifest (default: fp16)",
     )
     parser.add_argument("--flips", action="store_true", help="also encode the mirror image of every image")
+    parser.add_argument(
+        "--text-encoder",
+        metavar="PATH",
+        help="also keep embeddings of captions, by this text encoder: a folder with config.json, tokenizer and"
+        " model.safetensors (BERT's kin, sentence-transformers, CLIP, T5), or a name in Hugging Face's cache",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=cli.positive,
+        default=32,
+        metavar="N",
+        help="tokens of a caption that the text encoder reads, special ones included; the rest is cut off"
+        " (default: 32)",
+    )
     parser.add_argument(
         "--batch-size",
         type=cli.positive,

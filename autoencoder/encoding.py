@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoencoder.latents import pack_moments
+from autoencoder.latents import pack_caption, pack_moments, read_captions
 from autoencoder.networks import AutoencoderKL
 from autoencoder.resumable import ResumableShards, batches_of_blocks
+from autoencoder.text import TextEncoder
 from data_prep.loader import ImageDataset, SampleRef, read_batches
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import BackgroundWrites, writing_to
 from ldgan.engine.images import to_uint8
 from ldgan.engine.progress import ProgressBar
+from ldgan.engine.shares import batches
 from ldgan.engine.threads import map_ahead
 from ldgan.metrics.pixels import psnr
 
@@ -52,6 +54,54 @@ class MomentsEncoder:
     def round(self, moments: Tensor) -> Tensor:
         """Moments as they are stored, on their device."""
         return moments.to(DTYPES[self.dtype])
+
+
+class CaptionEncoder:
+    """What latent shards keep of captions: themselves and, if there is a ``text_encoder``, their embeddings.
+
+    ``counts`` are of the captions gone through so far: ``images``, ``captions`` that are not empty, and those of them
+    that are ``truncated``, longer than the text encoder reads.
+    """
+
+    def __init__(self, shards: ShardSet, text_encoder: TextEncoder | None) -> None:
+        self.text_encoder = text_encoder
+        self.counts = {"images": 0, "captions": 0, "truncated": 0}
+        self._shards = shards
+
+    def members(self, blocks: Sequence[range], batch_size: int) -> Iterator[list[dict[str, bytes]]]:
+        """Yield, for the batches of `batches_of_blocks`, each image's members (see `pack_caption`).
+
+        Of the captions of a block, each that differs from those before it is encoded, once.
+        """
+        for block in blocks:
+            known: dict[str, dict[str, bytes]] = {}
+            for numbers in batches(block, batch_size):
+                captions = read_captions(self._shards, numbers)
+                new = {caption: number for number, caption in zip(numbers, captions) if caption not in known}
+                known |= zip(new, self._encode(list(new), list(new.values())))
+                self._count(captions)
+                yield [known[caption] for caption in captions]
+
+    def _encode(self, captions: list[str], numbers: list[int]) -> Iterator[dict[str, bytes]]:
+        if self.text_encoder is None:
+            yield from map(pack_caption, captions)
+            return
+        for number, caption, rows, mask in zip(numbers, captions, *self.text_encoder(captions)):
+            stored = rows[mask].half().cpu()
+            if not stored.isfinite().all():
+                largest, limit = rows.abs().max().item(), torch.finfo(torch.float16).max
+                raise UserError(
+                    f"{self._shards.locate(number)}: the embedding of its caption reaches {largest:,.0f}, and fp16 ends"
+                    f" at {limit:,.0f}; give another text encoder"
+                )
+            yield pack_caption(caption, stored if mask.any() else None)
+
+    def _count(self, captions: list[str]) -> None:
+        self.counts["images"] += len(captions)
+        self.counts["captions"] += sum(bool(caption.strip()) for caption in captions)
+        if self.text_encoder is not None:
+            lengths = self.text_encoder.num_tokens(captions)
+            self.counts["truncated"] += sum(length > self.text_encoder.max_tokens for length in lengths)
 
 
 @torch.inference_mode()
@@ -92,6 +142,7 @@ def parallel_passes(device: torch.device) -> int:
 def encode_blocks(
     encode: MomentsEncoder,
     images: ImageDataset,
+    captions: CaptionEncoder,
     output: ResumableShards,
     blocks: Sequence[range],
     bar: ProgressBar,
@@ -100,7 +151,7 @@ def encode_blocks(
     num_workers: int,
     num_passes: int,
 ) -> None:
-    """Encode the images of ``blocks`` and write their latents; batches do not go beyond a block.
+    """Encode the images of ``blocks`` and write their latents and captions; batches do not go beyond a block.
 
     ``num_passes`` is as of `parallel_passes`. Writing, with the copy from the device, is done by threads while the next
     batches are encoded.
@@ -119,8 +170,8 @@ def encode_blocks(
     order = ([SampleRef(number, flip=False) for number in numbers] for numbers in work)
     with closing(output), BackgroundWrites(MAX_PENDING_BATCHES) as writes:
         encoded = map_ahead(encode_batch, read_batches(images, order, num_workers), num_passes, ahead=1)
-        for numbers, (moments, labels) in zip(work, encoded):
-            writes.submit(_store, encode, images.shards, output, numbers, moments, labels)
+        for numbers, (moments, labels), members in zip(work, encoded, captions.members(blocks, batch_size)):
+            writes.submit(_store, encode, images.shards, output, numbers, moments, labels, members)
             bar.advance(len(numbers))
 
 
@@ -131,6 +182,7 @@ def _store(
     numbers: range,
     moments: Tensor,
     labels: Sequence[int],
+    captions: Sequence[dict[str, bytes]],
 ) -> None:
     stored = encode.round(moments).cpu().contiguous()
     is_finite = stored.isfinite().flatten(1).all(dim=1).tolist()
@@ -138,8 +190,8 @@ def _store(
         first = is_finite.index(False)
         raise _unstorable(shards.locate(numbers[first]), moments[first], encode.dtype)
     with writing_to(output.folder):
-        for number, sample, label in zip(numbers, stored, labels):
-            output.write(number, pack_moments(sample, label))
+        for number, sample, label, caption in zip(numbers, stored, labels, captions):
+            output.write(number, pack_moments(sample, label) | caption)
 
 
 def _unstorable(where: str, moments: Tensor, dtype: str) -> UserError:
@@ -166,6 +218,15 @@ def check_precision(encode: MomentsEncoder, images: ImageDataset) -> dict[str, A
         exact, rounded = (to_uint8(encode.autoencoder.decode(latent)) for latent in (mean, encode.round(mean).float()))
         lowest = min(lowest, psnr(rounded, exact).item())
     return {"num_images": num_images, "psnr": round(lowest, 2) if math.isfinite(lowest) else None}
+
+
+def caption_line(counts: Mapping[str, int], max_tokens: int) -> str:
+    """What `CaptionEncoder.counts` say, for people; ``max_tokens`` are those of its text encoder."""
+    num_empty = counts["images"] - counts["captions"]
+    return (
+        f"captions: {counts['captions']:,} encoded now, {num_empty:,} images have none;"
+        f" {counts['truncated']:,} are longer than {max_tokens} tokens and lost their ends"
+    )
 
 
 def precision_line(dtype: str, check: dict[str, Any]) -> str:

@@ -37,13 +37,37 @@ def check_latents(shards: ShardSet, autoencoder: AutoencoderKL, *, flips: bool =
         raise UserError(f"{shards.folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
 
 
+def read_captions(shards: ShardSet, numbers: range) -> list[str]:
+    """The captions of samples, "" for none; raises a UserError where one is no UTF-8."""
+    if not shards.manifest.has_captions:
+        return [""] * len(numbers)
+    return [_read_caption(shards, number) for number in numbers]
+
+
+def _read_caption(shards: ShardSet, number: int) -> str:
+    try:
+        return shards.read(number).get("txt", b"").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shards.locate(number)}: its caption is no UTF-8; write the shards again") from error
+
+
 def draw(mean: Tensor, std: Tensor, noise: torch.Generator) -> Tensor:
     """A sample of N(mean, std^2), in their shape."""
     return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
 
 
+def pack_caption(caption: str, embedding: Tensor | None = None) -> dict[str, bytes]:
+    """The members of a sample's caption, "" for none, and of its embedding, float16 (1 + n, d), pooled row first."""
+    members = {"txt": caption.encode()} if caption else {}
+    return members | ({"text.npy": _npy(embedding)} if embedding is not None else {})
+
+
 def pack_moments(moments: Tensor, label: int) -> dict[str, bytes]:
     """A shard's sample of moments (2C, h, w) or, with those of the mirror image, (2, 2C, h, w); label -1: none."""
+    return {"npy": _npy(moments)} | ({"cls": str(label).encode()} if label >= 0 else {})
+
+
+def _npy(tensor: Tensor) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, moments.numpy(), allow_pickle=False)
-    return {"npy": buffer.getvalue()} | ({"cls": str(label).encode()} if label >= 0 else {})
+    np.save(buffer, tensor.numpy(), allow_pickle=False)
+    return buffer.getvalue()

@@ -61,10 +61,10 @@ def _finished_before(path: Path, task: str, settings: Mapping[str, Any]) -> bool
         finished = found.pop("finished")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is damaged ({error}); choose another --out") from error
-    for key, value in settings.items():
-        if found.get(key) != value:
+    for key in {**settings, **found}:
+        if found.get(key) != settings.get(key):
             raise UserError(
-                f"{path.parent}: exists already, of another {task} ({key} {found.get(key)}, now {value});"
+                f"{path.parent}: exists already, of another {task} ({key} {found.get(key)}, now {settings.get(key)});"
                 " choose another --out"
             )
     return finished is True
@@ -134,7 +134,13 @@ class ResumableShards:
         return round(sum(record.seconds for record in records if record is not None), 3)
 
     def write_manifest(
-        self, kind: str, class_names: Sequence[str] | None, details: Mapping[str, Any], seconds: float
+        self,
+        kind: str,
+        class_names: Sequence[str] | None,
+        details: Mapping[str, Any],
+        seconds: float,
+        *,
+        has_captions: bool = False,
     ) -> None:
         """Make the shards of all processes and runs a shard set, see `Manifest`; the records have served then."""
         with writing_to(self.folder):
@@ -143,7 +149,7 @@ class ResumableShards:
                 num_samples=sum(map(len, self.blocks)),
                 shards=tuple(map(self._describe, range(len(self.blocks)))),
                 class_names=list(class_names) if class_names is not None else None,
-                has_captions=False,
+                has_captions=has_captions,
                 seconds=seconds,
                 details=dict(details),
             )

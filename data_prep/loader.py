@@ -211,13 +211,18 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
     was encoded too, such an array for the plain and one for the mirrored image, (2, 2C, h, w). A flip must
     have been encoded: mirrored latents of an image are not the latents of the mirrored image.
 
-    Raises `UserError` for shards of another kind and damaged arrays, ValueError for a flip that is not
-    stored.
+    With ``with_text`` there is the embedding of the sample's caption too, {"text": float16 (1 + max_tokens, d),
+    "text_mask": bool (1 + max_tokens,)}: the pooled row and, as far as the mask is True, those of its tokens; no rows
+    where there is no caption. ``text.npy`` holds the rows that there are, float16 (1 + n, d), n <= max_tokens.
+
+    Raises `UserError` for shards of another kind, or without embeddings where these are wanted, and for damaged
+    arrays; ValueError for a flip that is not stored.
     """
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, with_text: bool = False) -> None:
         _check_kind(shards, "latents")
         self.shards = shards
+        self._text_shape = _text_shape(shards) if with_text else None
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -227,6 +232,7 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
         try:
             moments = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
             label = _label(sample)
+            text = _text(sample, *self._text_shape) if self._text_shape is not None else {}
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise _undecodable(self.shards, ref.index, error) from error
         if moments.ndim == 4:
@@ -234,7 +240,7 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
         elif ref.flip:
             raise ValueError(f"{self.shards.folder} holds no latents of mirrored images")
         mean, std = torch.from_numpy(moments.astype(np.float32)).chunk(2)  # (2C, h, w) -> 2 x (C, h, w)
-        return {"mean": mean, "std": std, "label": label}
+        return {"mean": mean, "std": std, "label": label, **text}
 
 
 def _decode_image(sample: dict[str, bytes]) -> np.ndarray:
@@ -246,6 +252,34 @@ def _decode_image(sample: dict[str, bytes]) -> np.ndarray:
 
 def _label(sample: dict[str, bytes]) -> int:
     return int(sample.get("cls", b"-1"))
+
+
+def _text_shape(shards: ShardSet) -> tuple[int, int]:
+    """The rows of an embedding at most, 1 + max_tokens, and their dimension."""
+    text = shards.manifest.details.get("text")
+    if text is None:
+        raise UserError(
+            f"{shards.folder}: holds no embeddings of captions; encode captioned images with --text-encoder PATH"
+        )
+    max_tokens, dim = (text.get(key) if isinstance(text, dict) else None for key in ("max_tokens", "dim"))
+    if type(max_tokens) is not int or type(dim) is not int or min(max_tokens, dim) < 1:
+        raise UserError(f'{shards.folder}: "text" in its manifest is damaged; restore it or encode again')
+    return 1 + max_tokens, dim
+
+
+def _text(sample: dict[str, bytes], num_rows: int, dim: int) -> dict[str, Tensor]:
+    """The embedding of a sample's caption, padded to ``num_rows``; raises nearly anything where it is damaged."""
+    embedding = np.zeros((num_rows, dim), np.float16)
+    num_there = 0
+    if "text.npy" in sample:
+        found = np.load(io.BytesIO(sample["text.npy"]), allow_pickle=False)
+        if found.dtype != np.float16 or found.ndim != 2 or found.shape[1] != dim or not 2 <= len(found) <= num_rows:
+            raise ValueError(f"text of {found.dtype} {found.shape}, not float16 (2 to {num_rows}, {dim})")
+        if not np.isfinite(found).all():
+            raise ValueError("text that is not finite")
+        num_there = len(found)
+        embedding[:num_there] = found
+    return {"text": torch.from_numpy(embedding), "text_mask": torch.arange(num_rows) < num_there}
 
 
 def _check_kind(shards: ShardSet, kind: str) -> None:

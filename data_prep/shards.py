@@ -33,13 +33,13 @@ from ldgan.engine.cli import UserError
 
 FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
-EXTENSIONS = ("png", "jpg", "webp", "cls", "txt", "npy")
+EXTENSIONS = ("png", "jpg", "webp", "cls", "txt", "npy", "text.npy")
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 27  # of one that is fetched; a shard takes some 200 bytes
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
-_MEMBER_NAME = re.compile(rf"([0-9]{{9}})\.({'|'.join(EXTENSIONS)})")
+_MEMBER_NAME = re.compile(rf"([0-9]{{9}})\.({'|'.join(map(re.escape, EXTENSIONS))})")
 
 
 @dataclasses.dataclass(frozen=True)

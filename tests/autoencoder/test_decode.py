@@ -26,7 +26,7 @@ from autoencoder.decoding import (
     finish,
     unfinished_blocks,
 )
-from autoencoder.latents import describe_latents, pack_moments
+from autoencoder.latents import describe_latents, pack_caption, pack_moments
 from autoencoder.loading import KIND, WEIGHTS, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
 from autoencoder.resumable import batches_of_blocks
@@ -121,6 +121,23 @@ def test_shards_carry_labels_and_say_what_they_are_of(folder, tmp_path, monkeypa
     assert decoded["autoencoder"] == latents.manifest.details["autoencoder"]
 
 
+def test_shards_carry_captions(folder, tmp_path, monkeypatch):
+    run(monkeypatch, folder, tmp_path / "plain", *format_flags("shards"))
+    plain, latents = ShardSet.open(tmp_path / "plain"), ShardSet.open(folder / "latents")
+    captioned = tmp_path / "captioned"
+    captioned.mkdir()
+    (captioned / "autoencoder").symlink_to(folder / "autoencoder")
+    captions = [f"image {number}, ♥" if number % 4 else "" for number in range(NUM_IMAGES)]
+    with ShardWriter(captioned / "latents", "latents", details=latents.manifest.details) as writer:
+        for number, caption in enumerate(captions):
+            writer.write(latents.read(number) | pack_caption(caption))
+    run(monkeypatch, captioned, tmp_path / "out", *format_flags("shards"))
+    images = ShardSet.open(tmp_path / "out")
+    for number, caption in enumerate(captions):
+        assert images.read(number) == plain.read(number) | ({"txt": caption.encode()} if caption else {})
+    assert (images.manifest.has_captions, plain.manifest.has_captions) == (True, False)
+
+
 def test_shards_are_the_bytes_that_the_shard_writer_would_write(folder, tmp_path, monkeypatch):
     run(monkeypatch, folder, tmp_path / "out", *format_flags("shards"))
     shards = ShardSet.open(tmp_path / "out")
@@ -137,10 +154,10 @@ def test_a_full_disk_is_one_line_and_the_next_run_adds_the_rest(folder, tmp_path
     kind = ImageShards if image_format == "shards" else ImageFiles
     write, out = kind.write, tmp_path / "out"
 
-    def fail_from_the_eighth_on(self: Output, number: int, image: Tensor, label: int) -> None:
+    def fail_from_the_eighth_on(self: Output, number: int, image: Tensor, label: int, caption: str) -> None:
         if number >= 7:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, number, image, label)
+        write(self, number, image, label, caption)
 
     with monkeypatch.context() as full_disk:
         full_disk.setattr(kind, "write", fail_from_the_eighth_on)
@@ -296,7 +313,7 @@ class _Memory(Output):
     def is_written(self, number: int) -> bool:
         return number in self.images
 
-    def write(self, number: int, image: Tensor, label: int) -> None:
+    def write(self, number: int, image: Tensor, label: int, caption: str) -> None:
         self._before_write()
         self.images[number] = image
 

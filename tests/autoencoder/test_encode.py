@@ -11,6 +11,7 @@ import math
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from autoencoder import encode, encoding
 from autoencoder.encoding import (
     CHECKED_IMAGES,
     DTYPES,
+    CaptionEncoder,
     MomentsEncoder,
     check_precision,
     encode_blocks,
@@ -33,6 +35,7 @@ from autoencoder.encoding import (
 from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
 from autoencoder.resumable import ResumableShards
+from autoencoder.text import Text, TextEncoder, open_text_encoder
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
@@ -58,7 +61,7 @@ def make_autoencoder(folder: Path, seed: int = 0) -> AutoencoderKL:
     return autoencoder
 
 
-def make_images(folder: Path, seed: int = 0) -> None:
+def make_images(folder: Path, seed: int = 0, captions: Sequence[str | None] = (None,) * NUM_IMAGES) -> None:
     """Noise of 8 x 8 pixels; every third image has no label."""
     random = np.random.default_rng(seed)
     details = {"resolution": 8}
@@ -67,7 +70,35 @@ def make_images(folder: Path, seed: int = 0) -> None:
             buffer = io.BytesIO()
             Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "png")
             label = {"cls": str(number // 2).encode()} if number % 3 else {}
-            writer.write({"png": buffer.getvalue()} | label)
+            caption = captions[number]
+            text = {"txt": caption.encode()} if caption is not None else {}
+            writer.write({"png": buffer.getvalue()} | label | text)
+
+
+# "a red heart" is there four times, twice in one shard; one image has no caption, and one an empty one.
+CAPTIONS = [
+    *("a red heart", "green", "a red heart"),
+    *(None, "a red heart", "the tree of the night of the red heart"),
+    *("", "a red heart", "green"),
+    *("\u2665 tree", "night"),
+]
+COUNTED = "captions: 9 encoded now, 2 images have none; 1 are longer than 6 tokens and lost their ends\n"
+
+
+@pytest.fixture(scope="module")
+def captioned(folder: Path, tiny_text_encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``folder``, of the same images with captions; an encoder of ``text``, and ``latents`` with its embeddings."""
+    captioned = tmp_path_factory.mktemp("captioned")
+    (captioned / "autoencoder").symlink_to(folder / "autoencoder")
+    make_images(captioned / "images", captions=CAPTIONS)
+    (captioned / "text").symlink_to(tiny_text_encoder())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(monkeypatch, captioned, captioned / "latents", *text_flags(captioned))
+    return captioned
+
+
+def text_flags(captioned: Path, max_tokens: int = 6) -> tuple[object, ...]:
+    return ("--text-encoder", captioned / "text", "--max-tokens", max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +219,7 @@ def encode_share(folder: Path, output: ResumableShards, share: list[range]) -> N
     encoder = MomentsEncoder(load_autoencoder(folder / "autoencoder"), flips=False, dtype="fp16")
     images = ImageDataset(ShardSet.open(folder / "images"))
     with progress_bar("encoding", NUM_IMAGES, "images", enabled=False) as bar:
-        encode_blocks(encoder, images, output, share, bar, **NUMBERS)
+        encode_blocks(encoder, images, CaptionEncoder(images.shards, None), output, share, bar, **NUMBERS)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
@@ -203,7 +234,7 @@ def test_several_processes_write_what_one_writes(folder, tmp_path, num_processes
     assert ShardSet.open(tmp_path).manifest.shards == ShardSet.open(folder / "latents").manifest.shards
 
 
-def test_two_launched_processes_write_what_one_writes(folder, tmp_path):
+def test_two_launched_processes_write_what_one_writes(captioned, tmp_path):
     launch = [
         sys.executable,
         "-m",
@@ -214,9 +245,11 @@ def test_two_launched_processes_write_what_one_writes(folder, tmp_path):
         "--num_machines",
         "1",
     ]
-    script = [str(ROOT / "autoencoder" / "encode.py"), *command(folder, tmp_path / "out")]
-    subprocess.run([*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *script], check=True, timeout=170)
-    assert contents(tmp_path / "out") == contents(folder / "latents")
+    script = [str(ROOT / "autoencoder" / "encode.py"), *command(captioned, tmp_path / "out", *text_flags(captioned))]
+    words = [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *script]
+    output = subprocess.run(words, check=True, timeout=170, stdout=subprocess.PIPE, text=True).stdout
+    assert COUNTED in output  # of both
+    assert contents(tmp_path / "out") == contents(captioned / "latents")
 
 
 # Kills itself when it is about to write sample 7, the second one of the third shard; writes one batch at a time.
@@ -279,16 +312,16 @@ def test_a_finished_encoding_is_left_as_it_is(folder, monkeypatch, capsys):
     assert (contents(folder / "latents"), times(folder / "latents")) == (files, before)
 
 
-def interrupt(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupt(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
     """Leave ``out`` as a run does that ends between its last shard and the manifest."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(ResumableShards, "write_manifest", fail)
         with pytest.raises(KeyboardInterrupt):
-            run(patch, folder, out)
+            run(patch, folder, out, *flags)
 
 
 def cut(path: Path) -> None:
@@ -378,15 +411,16 @@ def scaled(folder: Path, factor: float) -> MomentsEncoder:
 def test_moments_that_fp16_cannot_hold_are_refused(folder, tmp_path, factor):
     images = ImageDataset(ShardSet.open(folder / "images"))
     output, encoder = ResumableShards(tmp_path, shard_ranges(images.shards)), scaled(folder, factor)
+    captions = CaptionEncoder(images.shards, None)
     where = r"shard-000001\.tar, sample 00000000[345]: its latents "  # two batches are under way
     message = r"reach [0-9,]{9,}, and fp16 ends at 65,504; give --dtype fp32" if factor < math.inf else "are not finite"
     with progress_bar("encoding", 3, "images", enabled=False) as bar, pytest.raises(UserError, match=where + message):
-        encode_blocks(encoder, images, output, output.blocks[1:2], bar, **NUMBERS)
+        encode_blocks(encoder, images, captions, output, output.blocks[1:2], bar, **NUMBERS)
     assert list(tmp_path.iterdir()) == []
     if factor < math.inf:
         exact = dataclasses.replace(encoder, dtype="fp32")
         with progress_bar("encoding", 3, "images", enabled=False) as bar:
-            encode_blocks(exact, images, output, output.blocks[1:2], bar, **NUMBERS)
+            encode_blocks(exact, images, captions, output, output.blocks[1:2], bar, **NUMBERS)
         assert output.is_written(1)
 
 
@@ -438,3 +472,106 @@ def test_a_folder_that_is_no_encoding_is_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"exists already and is no encoding to continue; choose another --out"):
         run(monkeypatch, folder, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- Captions -----------------------------------------------------------------------------------------------
+
+
+def test_captions_are_carried_along_and_latents_stay_the_same(folder, captioned, tmp_path, monkeypatch):
+    run(monkeypatch, captioned, tmp_path / "out")
+    without, plain, embedded = map(ShardSet.open, (folder / "latents", tmp_path / "out", captioned / "latents"))
+    for number, caption in enumerate(CAPTIONS):
+        members = embedded.read(number)
+        assert ("text.npy" in members) == bool(caption)
+        members.pop("text.npy", None)
+        assert members == plain.read(number)
+        assert members.pop("txt", b"").decode() == (caption or "")
+        assert members == without.read(number)
+    assert [shards.manifest.has_captions for shards in (without, plain, embedded)] == [False, True, True]
+    assert ["text" in shards.manifest.details for shards in (without, plain, embedded)] == [False, False, True]
+
+
+def test_embeddings_are_what_the_text_encoder_says_in_fp16(captioned):
+    encoder = open_text_encoder(captioned / "text", max_tokens=6)
+    dataset = LatentDataset(ShardSet.open(captioned / "latents"), with_text=True)
+    assert dataset.shards.manifest.details["text"] == encoder.description
+    for number, caption in enumerate(CAPTIONS):
+        text, sample = encoder([caption or ""]), dataset[SampleRef(number, flip=False)]
+        assert torch.equal(sample["text"], text.embeddings[0].half())
+        assert torch.equal(sample["text_mask"], text.mask[0])
+
+
+def test_each_caption_of_a_shard_is_encoded_once_and_counted(captioned, tmp_path, monkeypatch, capsys):
+    encoded: list[str] = []
+    encode_captions = TextEncoder.__call__
+
+    def note(self: TextEncoder, captions: Sequence[str]) -> Text:
+        encoded.extend(filter(None, captions))
+        return encode_captions(self, captions)
+
+    monkeypatch.setattr(TextEncoder, "__call__", note)
+    run(monkeypatch, captioned, tmp_path / "out", *text_flags(captioned))
+    assert encoded == [*CAPTIONS[:2], *CAPTIONS[4:6], *CAPTIONS[7:]]
+    assert COUNTED in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(captioned / "latents")
+
+
+def test_an_interrupted_run_with_text_ends_the_same(captioned, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    interrupt(captioned, out, monkeypatch, *text_flags(captioned))
+    (out / SHARDS[1]).unlink()
+    run(monkeypatch, captioned, out, *text_flags(captioned))
+    assert "captions: 2 encoded now, 1 images have none; 1 are longer" in capsys.readouterr().out
+    assert contents(out) == contents(captioned / "latents")
+
+
+def test_a_folder_is_not_continued_with_another_text_encoder(captioned, tiny_text_encoder, monkeypatch):
+    other = ("--text-encoder", tiny_text_encoder(seed=1), "--max-tokens", 6)
+    for flags, difference in [
+        ((), "text_encoder [0-9a-f]{64}, now None"),
+        (text_flags(captioned, max_tokens=7), "max_tokens 6, now 7"),
+        (other, "text_encoder [0-9a-f]{64}, now [0-9a-f]{64}"),
+    ]:
+        with pytest.raises(UserError, match=rf"exists already, of another encoding \({difference}\); choose another"):
+            run(monkeypatch, captioned, captioned / "latents", *flags)
+
+
+def test_captions_are_not_added_to_latents_that_were_begun_without_them(captioned, tmp_path, monkeypatch):
+    """As by a program that did not carry captions along."""
+    out = tmp_path / "out"
+    run(monkeypatch, captioned, out)
+    note = json.loads((out / "encoding.json").read_text())
+    del note["captions"]
+    (out / "encoding.json").write_text(json.dumps(note))
+    with pytest.raises(UserError, match=r"of another encoding \(captions None, now True\); choose another --out"):
+        run(monkeypatch, captioned, out)
+
+
+def test_a_text_encoder_without_captions_is_refused(folder, captioned, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"images: holds no captions; leave --text-encoder out, or give captioned im"):
+        run(monkeypatch, folder, tmp_path / "out", *text_flags(captioned))
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_that_fp16_cannot_hold_name_the_sample(captioned, tmp_path, monkeypatch):
+    encode_captions = TextEncoder.__call__
+
+    def enlarge(self: TextEncoder, captions: Sequence[str]) -> Text:
+        embeddings, mask = encode_captions(self, captions)
+        return Text(embeddings * (1e6 if "night" in captions else 1), mask)
+
+    monkeypatch.setattr(TextEncoder, "__call__", enlarge)
+    expected = r"shard-000003.tar, sample 0000000(09|10): the embedding of its caption reaches [0-9,]+, and fp16 ends"
+    with pytest.raises(UserError, match=expected):
+        run(monkeypatch, captioned, tmp_path / "out", *text_flags(captioned))
+
+
+def test_a_caption_that_is_no_text_names_the_sample(folder, tmp_path, monkeypatch):
+    make_images(tmp_path / "images", captions=[None] * 4 + ["x"] * 7)
+    shard = tmp_path / "images" / SHARDS[1]
+    content = shard.read_bytes()
+    assert content.count(b"x" + bytes(511)) == 2
+    shard.write_bytes(content.replace(b"x" + bytes(511), b"\xff" + bytes(511), 1))
+    (tmp_path / "autoencoder").symlink_to(folder / "autoencoder")
+    with pytest.raises(UserError, match=r"shard-000001.tar, sample 000000004: its caption is no UTF-8"):
+        run(monkeypatch, tmp_path, tmp_path / "out")

@@ -208,6 +208,62 @@ def test_a_set_of_the_wrong_kind_is_refused(tmp_path, images):
         latents(tmp_path / "set", np.zeros(1), kind="images")
 
 
+# --- Text ---------------------------------------------------------------------------------------------------
+
+TEXT = {"max_tokens": 3, "dim": 2}
+
+
+def captioned(folder: Path, *texts: np.ndarray | None, text: object = TEXT) -> ShardSet:
+    """Latents of zeros with these embeddings of captions; ``text`` is what the manifest says of them."""
+    details = {"text": text} if text is not None else {}
+    with ShardWriter(folder, "latents", details=details) as writer:
+        for rows in texts:
+            writer.write({"npy": npy(np.zeros((2, 1, 1)))} | ({"text.npy": npy(rows)} if rows is not None else {}))
+    return ShardSet.open(folder)
+
+
+def test_texts_are_padded_and_a_mask_says_which_rows_there_are(tmp_path):
+    two, four = np.array([[1, 2], [3, 4]], np.float16), np.arange(1, 9, dtype=np.float16).reshape(4, 2)
+    shards = captioned(tmp_path / "set", two, None, four)
+    (batch,) = sequential_batches(LatentDataset(shards, with_text=True), 3)
+    expected = np.zeros((3, 4, 2), np.float16)
+    expected[0, :2], expected[2] = two, four
+    assert batch["text"].dtype == torch.float16
+    np.testing.assert_array_equal(batch["text"], expected)
+    assert batch["text_mask"].tolist() == [[True, True, False, False], [False] * 4, [True] * 4]
+    assert batch["mean"].shape == (3, 1, 1, 1)
+    assert set(LatentDataset(shards)[SampleRef(0, flip=False)]) == {"mean", "std", "label"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((2, 3), np.float16), r"text of float16 \(2, 3\), not float16 \(2 to 4, 2\)"),
+        (np.zeros((5, 2), np.float16), r"text of float16 \(5, 2\), not"),
+        (np.zeros((1, 2), np.float16), r"text of float16 \(1, 2\), not"),
+        (np.zeros((2, 2), np.float32), r"text of float32 \(2, 2\), not"),
+        (np.array([[0, 1], [np.nan, 0]], np.float16), "text that is not finite"),
+        (np.array([["x", {}]], object), "Object arrays cannot be loaded"),
+    ],
+    ids=["dimension", "too many rows", "no token", "type", "NaN", "pickle"],
+)
+def test_damaged_texts_name_the_sample(tmp_path, rows, message):
+    dataset = LatentDataset(captioned(tmp_path / "set", np.zeros((2, 2), np.float16), rows), with_text=True)
+    assert dataset[SampleRef(0, flip=False)]["text_mask"].sum() == 2
+    with pytest.raises(
+        UserError, match=rf"shard-000000.tar, sample 000000001 cannot be decoded \(ValueError: {message}"
+    ):
+        dataset[SampleRef(1, flip=False)]
+
+
+def test_text_that_is_not_there_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"holds no embeddings of captions; encode captioned images with --text-enc"):
+        LatentDataset(captioned(tmp_path / "none", None, text=None), with_text=True)
+    for number, text in enumerate(([], {"dim": 2}, {"max_tokens": 3, "dim": 0}, {"max_tokens": True, "dim": 2})):
+        with pytest.raises(UserError, match=r'"text" in its manifest is damaged; restore it or encode again'):
+            LatentDataset(captioned(tmp_path / str(number), None, text=text), with_text=True)
+
+
 # --- The batches --------------------------------------------------------------------------------------------
 
 
