@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.blocks import num_groups
+from autoencoder.text import Text
+from ldgan.conditions import clear
 
 AttentionLayout = Literal["every_block", "adm", "ncsnpp"]
 ResBlock = Literal["biggan", "ncsnpp", "plain"]
@@ -28,18 +30,20 @@ FOURIER_SCALE = 16.0  # standard deviation of the frequencies; Song et al., appe
 
 
 class Condition(NamedTuple):
-    """What acts on the residual blocks in one forward pass, each (B, dim); None where nothing goes that way."""
+    """What acts on the blocks in one forward pass, vectors being (B, dim); None where nothing goes that way."""
 
     norm1: Tensor | None  # steers the first normalisation
     added: Tensor | None  # added between the convolutions, after SiLU and a linear layer
     norm2: Tensor | None  # steers the second normalisation
+    text: Text | None = None  # attended to
 
 
 @dataclass(frozen=True)
 class BlockBuilder:
     """Builds the blocks of one U-Net from the numbers they share; `ldgan.networks.UNetConfig` tells what these mean.
 
-    ``norm1_dim``, ``added_dim`` and ``norm2_dim`` are the dimensions of the `Condition`; 0 where it is None.
+    ``norm1_dim``, ``added_dim`` and ``norm2_dim`` are the dimensions of the `Condition`; 0 where it is None. At
+    ``text_resolutions`` every residual block is followed by cross-attention to a text of dimension ``text_dim``.
     """
 
     norm1_dim: int
@@ -54,20 +58,22 @@ class BlockBuilder:
     fir: bool
     rescale: bool
     dropout: float
+    text_dim: int = 0
+    text_resolutions: tuple[int, ...] = ()
 
     def way_down(self, side: int, in_channels: int, out_channels: int) -> dict[str, UNetBlock]:
         """The residual blocks of one level of the way down, by name."""
         attention = side in self.attention_resolutions
         widths = [in_channels] + [out_channels] * (self.num_res_blocks - 1)
-        blocks = [self._residual(width, out_channels, attention=attention) for width in widths]
+        blocks = [self._residual(width, out_channels, side, attention=attention) for width in widths]
         return {f"{side}x{side}_block{index}": block for index, block in enumerate(blocks)}
 
     def middle(self, side: int, channels: int) -> list[UNetBlock]:
         """The residual blocks at the lowest resolution; NCSN++ and ADM have attention between them, and only there."""
         behind_each = self.attention_layout == "every_block"
         attention = side in self.attention_resolutions
-        first = self._residual(channels, channels, attention=attention or not behind_each)
-        return [first, self._residual(channels, channels, attention=attention and behind_each)]
+        first = self._residual(channels, channels, side, attention=attention or not behind_each)
+        return [first, self._residual(channels, channels, side, attention=attention and behind_each)]
 
     def way_up(self, side: int, in_channels: int, out_channels: int, skips: Sequence[int]) -> dict[str, UNetBlock]:
         """The residual blocks of one level of the way up, by name; block i gets ``skips[i]`` channels more."""
@@ -76,22 +82,26 @@ class BlockBuilder:
         for index, (width, skip) in enumerate(zip(widths, skips, strict=True)):
             behind_this = self.attention_layout != "ncsnpp" or index == len(skips) - 1
             attention = side in self.attention_resolutions and behind_this
-            blocks[f"{side}x{side}_block{index}"] = self._residual(width + skip, out_channels, attention=attention)
+            block = self._residual(width + skip, out_channels, side, attention=attention)
+            blocks[f"{side}x{side}_block{index}"] = block
         return blocks
 
     def resampling(self, channels: int, mode: Literal["down", "up"]) -> UNetBlock | ConvResample:
         """What leads from one resolution to the next."""
         if self.resblock == "plain":
             return ConvResample(channels, channels, mode, self.fir)
-        return self._residual(channels, channels, attention=False, mode=mode)
+        return self._residual(channels, channels, None, attention=False, mode=mode)
 
     def pyramid_step(self, in_channels: int, out_channels: int) -> ConvResample:
         """What halves the input pyramid."""
         return ConvResample(in_channels, out_channels, "down", self.fir)
 
     def _residual(
-        self, in_channels: int, out_channels: int, *, attention: bool, mode: ResampleMode = "none"
+        self, in_channels: int, out_channels: int, side: int | None, *, attention: bool, mode: ResampleMode = "none"
     ) -> UNetBlock:
+        """A block whose output is ``side`` pixels wide; None leads from one resolution to the next."""
+        reads = side in self.text_resolutions
+        num_heads = heads(out_channels, self.num_heads, self.head_channels) if attention or reads else 0
         return UNetBlock(
             in_channels,
             out_channels,
@@ -102,12 +112,15 @@ class BlockBuilder:
             resample=Resample(mode, self.fir),
             convolved_skip=self.resblock == "ncsnpp" and mode != "none",
             rescale=self.rescale,
-            num_heads=heads(out_channels, self.num_heads, self.head_channels) if attention else 0,
+            num_heads=num_heads if attention else 0,
+            text_dim=self.text_dim if reads else 0,
+            num_text_heads=num_heads,
         )
 
 
 class UNetBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a skip connection, on which a `Condition` acts; then attention.
+    """Two normalised 3x3 convolutions beside a skip connection, on which a `Condition` acts; then attention, to
+    itself and to a text.
 
     As in BigGAN (Brock et al., arXiv 1809.11096), resampling happens inside: before the first convolution and
     on the skip connection, which is 1x1 convolved where the width changes or ``convolved_skip`` wants it.
@@ -126,8 +139,10 @@ class UNetBlock(nn.Module):
         convolved_skip: bool,
         rescale: bool,
         num_heads: int,
+        text_dim: int = 0,
+        num_text_heads: int = 1,
     ) -> None:
-        """``num_heads`` of the attention that follows; 0: none."""
+        """``num_heads`` of the self-attention that follows, ``text_dim`` of the text attended to then; 0: none."""
         super().__init__()
         self.resample = resample
         self.norm1 = AdaptiveGroupNorm(in_channels, norm1_dim)
@@ -140,6 +155,7 @@ class UNetBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         self.scale = residual_scale(rescale)
         self.attention = SelfAttention(out_channels, num_heads, rescale) if num_heads > 0 else nn.Identity()
+        self.cross_attention = CrossAttention(out_channels, text_dim, num_text_heads, rescale) if text_dim > 0 else None
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h', w'), where h' is h, h / 2 or 2 h."""
@@ -147,7 +163,10 @@ class UNetBlock(nn.Module):
         if self.time is not None and condition.added is not None:
             h = h + self.time(F.silu(condition.added))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h, condition.norm2))))
-        return self.attention((self.skip(self.resample(x)) + h) * self.scale)
+        x = self.attention((self.skip(self.resample(x)) + h) * self.scale)
+        if self.cross_attention is None or condition.text is None:
+            return x
+        return self.cross_attention(x, condition.text)
 
 
 class AdaptiveGroupNorm(nn.Module):
@@ -184,6 +203,52 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.transpose(3, 4).unbind(1)  # (B, heads, positions, channels of a head) each
         attended = F.scaled_dot_product_attention(q, k, v)
         return (x + self.out(attended.transpose(2, 3).reshape(x.shape))) * self.scale
+
+
+class CrossAttention(nn.Module):
+    """Attention of all positions to the rows of a text, with a residual connection (Rombach et al., arXiv 2112.10752).
+
+    Before the text comes a learned row that is always there: a text without rows has a meaning then, "anything", and
+    no softmax is empty.
+    """
+
+    def __init__(self, channels: int, text_dim: int, num_heads: int = 1, rescale: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(num_groups(channels), channels, eps=1e-6)
+        self.norm_text = nn.LayerNorm(text_dim)
+        self.null = nn.Parameter(torch.randn(text_dim))  # as large as a normalised row
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.kv = nn.Linear(text_dim, 2 * channels)
+        self.out = nn.Conv2d(channels, channels, 1)
+        self.scale = residual_scale(rescale)
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """(B, channels, h, w) and B texts -> (B, channels, h, w)."""
+        embeddings, mask = clear(text)
+        rows = torch.cat([self.null.expand(x.shape[0], 1, -1), self.norm_text(embeddings)], dim=1)
+        k, v = self.kv(rows).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, rows, dim) each
+        q = self.q(self.norm(x)).flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+        there = F.pad(mask, (1, 0), value=True)[:, None, None, :]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
+        return (x + self.out(attended.transpose(2, 3).reshape(x.shape))) * self.scale
+
+
+class PooledText(nn.Module):
+    """The pooled row of a text as a vector, (B, dim), of about unit length like a label's; a learned one where absent.
+
+    Only its direction counts: text encoders are trained to be compared by angles.
+    """
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(text_dim, dim)
+        self.null = nn.Parameter(torch.randn(dim) * dim**-0.5)
+
+    def forward(self, text: Text) -> Tensor:
+        """B texts -> (B, dim)."""
+        embeddings, mask = clear(text)
+        return torch.where(mask[:, :1], self.linear(F.normalize(embeddings[:, 0], dim=1)), self.null)
 
 
 def heads(channels: int, num_heads: int, head_channels: int) -> int:

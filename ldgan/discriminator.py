@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldgan.blocks import Resample, ResampleMode, SelfAttention, TimeEmbedding, initialise, label_embedding
+from autoencoder.text import Text
+from ldgan.blocks import PooledText, Resample, ResampleMode, SelfAttention, TimeEmbedding, initialise, label_embedding
 from ldgan.engine.config import option
 
 ClassConditioning = Literal["projection", "added"]
@@ -42,7 +43,8 @@ class Discriminator(nn.Module):
     """D(x_{t-1}, x_t, t) -> logit (B,): is x_{t-1} a plausible denoised x_t?
 
     Without ``pairs`` it judges x_{t-1} alone. With classes it judges whether x_{t-1} is a plausible one of its
-    class, by projection (Miyato and Koyama, arXiv 1802.05637) or by addition to the time embedding.
+    class, by projection (Miyato and Koyama, arXiv 1802.05637) or by addition to the time embedding; with texts
+    whether it is one of its text, by projection of the pooled embedding.
     """
 
     def __init__(
@@ -60,8 +62,11 @@ class Discriminator(nn.Module):
         fir: bool,
         attention_resolutions: Sequence[int],
         class_conditioning: ClassConditioning,
+        text_dim: int = 0,
     ) -> None:
-        """The data are (channels, resolution, resolution); the other numbers are those of `DiscriminatorConfig`.
+        """The data are (channels, resolution, resolution); ``text_dim`` 0 is no text, as ``num_classes`` 0 no labels.
+
+        The other numbers are those of `DiscriminatorConfig`.
 
         Raises:
             ValueError: the blocks cannot halve the resolution, or there is no output of a side with attention.
@@ -88,6 +93,7 @@ class Discriminator(nn.Module):
         )
         self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)  # + 1: minibatch stddev
         self.logit = nn.Linear(widths[-1], 1)
+        self.projected_text = PooledText(text_dim, widths[-1]) if text_dim > 0 else None
         initialise(self)
         self.added = self.projected = None
         if num_classes > 0 and class_conditioning == "added":
@@ -95,11 +101,18 @@ class Discriminator(nn.Module):
         elif num_classes > 0:
             self.projected = label_embedding(num_classes, widths[-1])
 
-    def forward(self, x_previous: Tensor, x_t: Tensor | None, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_previous: Tensor,
+        x_t: Tensor | None,
+        t: Tensor,
+        labels: Tensor | None = None,
+        text: Text | None = None,
+    ) -> Tensor:
         """``x_previous``, ``x_t`` (B, C, s, s), ``t`` int64 (B,) in 1..T -> logits (B,).
 
         ``x_t`` is None without ``pairs``. ``labels``, int64 (B,) in 0..num_classes, where num_classes stands for
-        no label, are None without classes.
+        no label, are None without classes; ``text``, B texts of which some may have no rows, is None without texts.
         """
         time = self.time_embedding(t)
         if self.added is not None:
@@ -113,6 +126,8 @@ class Discriminator(nn.Module):
         logits = self.logit(features).squeeze(1)
         if self.projected is not None:
             logits = logits + (self.projected(labels) * features).sum(dim=1)
+        if self.projected_text is not None and text is not None:
+            logits = logits + (self.projected_text(text) * features).sum(dim=1)
         return logits.float()
 
 

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,12 +45,13 @@ from ldgan.metrics.digits import RESOLUTION
 from ldgan.metrics.features import INCEPTION, add_feature_flags, chosen_features
 from ldgan.metrics.reference import library_versions
 from ldgan.references import check_size, open_reference
+from ldgan.text_metrics import prompts_of_captions, read_captions, text_results
 from ldgan.timing import time_model
 
-COMPARING_METRICS = frozenset({"fid", "kid", "pr", "dc", "neighbours"})  # with real images
+COMPARING_METRICS = frozenset({"fid", "kid", "pr", "dc", "neighbours", "text"})  # with real images
 FEATURE_METRICS = COMPARING_METRICS | {"is"}
 DIGIT_METRICS = frozenset({"modes", "labels"})
-METRICS = (*QUALITY_METRICS, "neighbours", "time", "modes", "labels")
+METRICS = (*QUALITY_METRICS, "neighbours", "text", "time", "modes", "labels")
 NUM_IMAGES, NUM_STACKED_MNIST_IMAGES = 50_000, 26_000  # as papers have it: for FID, and for mode coverage
 RESULT_FILE = "metrics.json"
 
@@ -67,6 +68,8 @@ examples:
   python ldgan/evaluate.py --checkpoint runs/ddpm --sampler ddim --steps 50 --metrics time
   python ldgan/evaluate.py --checkpoint runs/stacked_mnist/gan --metrics modes
   python ldgan/evaluate.py --checkpoint runs/classes --metrics labels --guidance 2 --num-images 5000
+  python ldgan/evaluate.py --checkpoint runs/text --reference data/heldout --features squeezenet \
+      --feature-weights SQUEEZENET --metrics text --guidance 2
 
 metrics:
   fid         Frechet distance of features; called FID in those of Inception only
@@ -75,6 +78,7 @@ metrics:
   pr          improved precision and recall, k = 3
   dc          density and coverage, k = 5
   neighbours  a picture of the nearest images of --reference; with --heldout, whether samples copy them
+  text        share of samples nearer to images of their own prompt than of another; prompts are captions of --reference
   time        seconds and evaluations for an image, with and without decoding, at batch sizes 1 and --batch-size
   modes       StackedMNIST: modes of 1,000, and KL of their histogram to uniform
   labels      digits: share of images that show the wanted class
@@ -95,7 +99,8 @@ def main() -> None:
     digits = open_digit_metrics(flags, accelerator, subject) if DIGIT_METRICS & set(flags.metrics) else None
 
     described = subject.describe() if accelerator.is_main_process else {}  # may find files that cannot be hashed
-    result, pictures = measure(accelerator, subject, features, digits, flags.batch_size)
+    captions = flags.captions if "text" in flags.metrics else None
+    result, pictures = measure(accelerator, subject, features, digits, flags.batch_size, captions)
     if "time" in flags.metrics and subject.job is not None and accelerator.is_main_process:
         result["time"] = time_subject(subject.job, accelerator, flags.batch_size)
     if accelerator.is_main_process:
@@ -220,8 +225,12 @@ def measure(
     features: FeatureMetrics | None,
     digits: DigitMetrics | None,
     batch_size: int,
+    captions: Sequence[str] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Results as JSON and pictures by file name, over all processes; complete on the main process alone."""
+    """Results as JSON and pictures by file name, over all processes; complete on the main process alone.
+
+    ``captions`` are those of the reference's images, by number, if samples are to agree with them.
+    """
     result: dict[str, Any] = {}
     pictures: dict[str, Tensor] = {}
     meters: dict[str, Meter] = {}
@@ -248,6 +257,8 @@ def measure(
         if accelerator.is_main_process:
             measured, pictures = features.results(subject.images, samples, real)
             result |= measured
+            if captions is not None and subject.job is not None and real.reference is not None:
+                result["text"] = text_results(captions, samples, real.reference.features, subject.job.first_seed)
     return result, pictures
 
 
@@ -264,6 +275,11 @@ def conditions(accelerator: Accelerator, flags: argparse.Namespace) -> dict[str,
         "precision": flags.precision,
         "decoder": flags.decoder,
         "labels": flags.labels,
+        "prompts": str(flags.prompts)
+        if flags.prompts
+        else flags.prompt
+        if "text" not in flags.metrics
+        else "reference",
         **describe_machine(accelerator),
         "libraries": library_versions(),
     }
@@ -418,12 +434,28 @@ def complete_flags(flags: argparse.Namespace) -> None:
         raise cli.UserError(f"{flags.reference}: --metrics neighbours shows images; give the images as --reference")
     if "neighbours" not in metrics and flags.heldout is not None:
         raise cli.UserError(f"{flags.heldout}: held-out images serve --metrics neighbours; add it, or leave them out")
-    if flags.checkpoint is None and metrics & {"time", "labels"}:
-        raise cli.UserError("--metrics time and labels are of a model; give --checkpoint RUN instead of --images")
+    if flags.checkpoint is None and metrics & {"time", "labels", "text"}:
+        raise cli.UserError("--metrics time, labels and text are of a model; give --checkpoint RUN instead of --images")
+    if "text" in metrics:
+        complete_prompts(flags)
     if flags.checkpoint is not None and flags.num_images is None:
         flags.num_images = NUM_IMAGES if metrics & FEATURE_METRICS else NUM_STACKED_MNIST_IMAGES
     if "labels" in metrics and flags.labels is None:
         flags.labels = "all"  # in turn
+
+
+def complete_prompts(flags: argparse.Namespace) -> None:
+    """Make the captions of the reference the prompts, and a sample of each the default.
+
+    Raises:
+        UserError: it has none, or other prompts are given.
+    """
+    if flags.prompt is not None or flags.prompts is not None:
+        raise cli.UserError("--metrics text takes its prompts from --reference; leave out --prompt and --prompts")
+    flags.captions = read_captions(flags.reference, flags.reference_images)
+    flags.prompt = prompts_of_captions(flags.captions)
+    if flags.num_images is None and FEATURE_METRICS & set(flags.metrics) == {"text"}:
+        flags.num_images = len(flags.prompt)
 
 
 if __name__ == "__main__":

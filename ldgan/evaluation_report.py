@@ -96,6 +96,23 @@ def copying_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+def text_table(result: Mapping[str, Any]) -> Table:
+    """How often samples are nearer to images of their own prompt than to those of others."""
+    text = result["text"]
+    title = (
+        f"Nearer to images of its own of {text['num_prompts']:,} prompts, in features of {result['network']['name']}"
+    )
+    table = Table(title=title, title_justify="left", caption="plus or minus a standard error; by chance 50 %")
+    table.add_column("")
+    for column in ("than to another's", "than to each other's", "N"):
+        table.add_column(column, justify="right")
+    for label, key in (("samples", "samples"), ("real images, to others of their caption", "real_images")):
+        if (numbers := text[key]) is not None:
+            shares = (f"{numbers[s]:.1%} ± {numbers[f'{s}_std_error']:.1%}" for s in ("share", "mean_rank_share"))
+            table.add_row(label, *shares, f"{numbers['num_points']:,}")
+    return table
+
+
 def modes_table(result: Mapping[str, Any]) -> Table:
     """Mode coverage beside that of real images and the floor."""
     samples, real = (result["modes"][kind] for kind in ("samples", "real_images"))
@@ -157,6 +174,7 @@ def stages_table(result: Mapping[str, Any]) -> Table:
 TABLES = {
     "metrics": metrics_table,
     "copying": copying_table,
+    "text": text_table,
     "modes": modes_table,
     "label_accuracy": labels_table,
     "time": time_table,

@@ -36,8 +36,8 @@ class FeatureMetrics:
         """Features of reference and held-out images, over all processes, for ``num_images`` that will be measured."""
         reference = heldout = None
         if self.reference is not None:
-            if "neighbours" in self.metrics:
-                num_kept = sys.maxsize  # any image may be the one that is copied
+            if {"neighbours", "text"} & set(self.metrics):
+                num_kept = sys.maxsize  # any image may be the one that is copied, or the one that a prompt is of
             else:
                 num_kept = num_images if NEED_FEATURES & set(self.metrics) else 0
             reference = self.reference.measure(accelerator, self.network, num_kept=num_kept, batch_size=batch_size)

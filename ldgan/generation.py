@@ -13,8 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoder.text import Text
+from ldgan.conditions import Prompts
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
+from ldgan.engine.files import write_atomically
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.session import Session
@@ -23,13 +26,15 @@ from ldgan.loading import TrainedModel, load_model
 from ldgan.sampling import Callback, SamplerConfig
 
 NUM_PREVIEW_IMAGES, PREVIEW_COLUMNS = 64, 16
+PREVIEW_CAPTIONS = "captions.txt"
 
 
 @dataclass(frozen=True)
 class Job:
     """Samples to be made: image number i from seed ``first_seed`` + i, whatever the batch and the number of processes.
 
-    Its label is ``labels[i]``, where they are given; they are gone through again and again.
+    Its label is ``labels[i]``, where they are given, and its prompt ``prompts.captions[i]``; both are gone through
+    again and again.
     """
 
     model: TrainedModel
@@ -38,15 +43,20 @@ class Job:
     num_images: int
     first_seed: int
     batch_size: int
+    prompts: Prompts | None = None
 
     def sample(self, numbers: Sequence[int], callback: Callback | None = None) -> Tensor:
         """Samples of x_0, (B, C, s, s), of the images with these numbers."""
         seeds = [self.first_seed + number for number in numbers]
-        return self.model.sample(seeds, self.labels_of(numbers), self.sampler, callback)
+        return self.model.sample(seeds, self.labels_of(numbers), self.sampler, callback, self.text_of(numbers))
 
     def labels_of(self, numbers: Sequence[int]) -> list[int] | None:
         """The labels of the images with these numbers."""
         return [self.labels[number % len(self.labels)] for number in numbers] if self.labels else None
+
+    def text_of(self, numbers: Sequence[int]) -> Text | None:
+        """The texts of the images with these numbers."""
+        return self.prompts.of(list(numbers)) if self.prompts is not None else None
 
     @property
     def num_steps(self) -> int:
@@ -65,8 +75,10 @@ def job_of(flags: argparse.Namespace, device: torch.device) -> Job:
     """
     sampler = sampler_of(flags)
     model = open_model(flags.checkpoint, sampler, device, flags.decoder)
-    labels = labels_of(flags.labels, model)
-    return Job(model, sampler, labels, flags.num_images, flags.seed, flags.batch_size)
+    labels, prompts = labels_of(flags.labels, model), prompts_of(flags, model)
+    if sampler.guidance_scale != 1 and not model.class_names and prompts is None:
+        raise cli.UserError("--guidance steers towards prompts; give --prompt or --prompts, or leave it out")
+    return Job(model, sampler, labels, flags.num_images, flags.seed, flags.batch_size, prompts)
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +106,22 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         " as in 3,7,100-199 or cat,dog, or the word all (default: drawn from the seeds, for a model that was trained"
         " with classes)",
     )
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help='what the images should show, such as "a red heart", for a model that was trained with captions; may be'
+        " given several times, and these are gone through again and again (default: whatever the model learnt)",
+    )
+    prompts.add_argument("--prompts", type=Path, metavar="FILE", help="the same from a text file, one in each line")
     group.add_argument(
         "--guidance",
         type=float,
         default=1.0,
         metavar="S",
-        help="classifier-free guidance of a model trained with label_dropout: 0 ignores labels, 1 is the plain model,"
-        " 2 to 8 follow labels closer at twice the evaluations (default: 1)",
+        help="classifier-free guidance of a model trained with label_dropout or caption_dropout: 0 ignores labels and"
+        " prompts, 1 is the plain model, 2 to 8 follow them closer at twice the evaluations (default: 1)",
     )
     group.add_argument(
         "--classifier",
@@ -138,8 +159,13 @@ def open_model(
     Raises:
         UserError: see `load_model`; or the model cannot be sampled this way.
     """
-    classifier = Path(sampler.classifier) if sampler.classifier else None
-    model = load_model(checkpoint, device, decoder, classifier)
+    model = load_model(checkpoint, device, decoder, Path(sampler.classifier) if sampler.classifier else None)
+    check_sampler(checkpoint, model, sampler)
+    return model
+
+
+def check_sampler(checkpoint: Path, model: TrainedModel, sampler: SamplerConfig) -> None:
+    """Raise a UserError if the model of ``checkpoint`` cannot be sampled this way."""
     if sampler.guidance_scale != 1:
         _check_guidance(checkpoint, model)
     all_steps = model.diffusion.num_steps
@@ -152,19 +178,25 @@ def open_model(
         raise cli.UserError(f"{checkpoint}: predicts x_{{t-1}} itself, step by step; leave out --sampler and --steps")
     # At t = 1 the posterior is a point.
     certain = model.predicts == "x_previous" or (num_steps == 1 and model.variance == "posterior")
-    if classifier is not None and sampler.method == "ancestral" and certain:
+    if model.classifier is not None and sampler.method == "ancestral" and certain:
         raise cli.UserError(f"{checkpoint}: its steps have no variance for --classifier to act on; leave it out")
-    return model
 
 
 def _check_guidance(checkpoint: Path, model: TrainedModel) -> None:
-    """Raise a UserError unless the model has learnt to do with labels and without."""
-    if not model.class_names:
-        raise cli.UserError(f"{checkpoint}: was trained without classes; leave out --guidance, or use --classifier")
-    if not read_description(resolve_checkpoint(checkpoint))["config"].get("label_dropout"):
+    """Raise a UserError unless the model has learnt to do with labels and captions, and without."""
+    if not model.class_names and model.text_encoder is None:
         raise cli.UserError(
-            f"{checkpoint}: cannot do without labels, as --guidance needs; train with label_dropout=0.1"
+            f"{checkpoint}: was trained without classes and captions; leave out --guidance, or use --classifier"
         )
+    config = read_description(resolve_checkpoint(checkpoint))["config"]
+    for known, what, setting in (
+        (bool(model.class_names), "labels", "label_dropout"),
+        (model.text_encoder is not None, "captions", "caption_dropout"),
+    ):
+        if known and not config.get(setting):
+            raise cli.UserError(
+                f"{checkpoint}: cannot do without {what}, as --guidance needs; train with {setting}=0.1"
+            )
 
 
 def labels_of(text: str | None, model: TrainedModel) -> list[int] | None:
@@ -183,6 +215,31 @@ def labels_of(text: str | None, model: TrainedModel) -> list[int] | None:
     if text == "all" and "all" not in names:
         return list(range(len(names)))
     return [label for item in text.split(",") for label in _labels_of_item(item.strip(), names)]
+
+
+def prompts_of(flags: argparse.Namespace, model: TrainedModel) -> Prompts | None:
+    """The prompts of ``--prompt`` or ``--prompts``, embedded once; None where neither is given.
+
+    Raises:
+        UserError: the file cannot be read or holds no prompt, or the model reads none.
+    """
+    prompts = read_prompts(flags.prompts) if flags.prompts is not None else flags.prompt
+    return Prompts(prompts, model.encode_prompts(prompts)) if prompts is not None else None
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, UTF-8, but for empty ones; a UserError if there is none, or no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise cli.UserError(
+            f"{path}: cannot be read ({reason}); give a text file with one prompt in each line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise cli.UserError(f"{path}: holds no prompts; write one in each line")
+    return prompts
 
 
 def class_names_of(model: TrainedModel) -> list[str]:
@@ -223,10 +280,24 @@ def generate_images(accelerator: Accelerator, job: Job) -> Iterator[tuple[range,
 
 
 def preview(
-    session: Session, step: int, model: TrainedModel, accelerator: Accelerator, sampler: SamplerConfig | None = None
+    session: Session,
+    step: int,
+    model: TrainedModel,
+    accelerator: Accelerator,
+    sampler: SamplerConfig | None = None,
+    *,
+    prompts: Prompts | None = None,
 ) -> None:
-    """Log a grid of samples if it is time for one."""
+    """Log a grid of samples if it is time for one; those of ``prompts`` where they are given."""
     if session.wants_preview(step):
+        numbers = range(NUM_PREVIEW_IMAGES)
         with accelerator.autocast():
-            images = model.decode(model.sample(range(NUM_PREVIEW_IMAGES), sampler=sampler))
+            text = prompts.of(list(numbers)) if prompts is not None else None
+            images = model.decode(model.sample(numbers, sampler=sampler, text=text))
         session.preview(step, "samples", images, PREVIEW_COLUMNS)
+
+
+def keep_preview_captions(session: Session, prompts: Prompts) -> None:
+    """Write the prompts of previews beside these, one in each line."""
+    lines = (" ".join(caption.split()) for caption in prompts.captions[:NUM_PREVIEW_IMAGES])
+    write_atomically(session.run.samples / PREVIEW_CAPTIONS, "\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""Steering samples towards a class: by the model itself, trained with and without labels, or by a classifier."""
+"""Steering samples: by a model trained with and without labels or captions, or by a classifier of noisy latents."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldgan.conditions import Conditions
 from ldgan.diffusion import Diffusion
 from ldgan.sampling import Guidance
 
 
 def classifier_free(
-    network: Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor],
+    network: Callable[..., Tensor],
     x_t: Tensor,
     z: Tensor | None,
     t: Tensor,
-    labels: Tensor,
+    conditions: Conditions,
     *,
     null_label: int,
     scale: float,
 ) -> Tensor:
-    """The network's output for ``labels``, int64 (B,), moved away from the one for no label by ``scale``.
+    """The network's output for ``conditions``, moved away from the one for no label and no text by ``scale``.
 
     uncond + scale (cond - uncond): Ho and Salimans (arXiv 2207.12598), eq. 6, whose w is scale - 1. x_0 and noise
     estimates are affine in each other, so it does not matter which of both the network predicts. Both outputs
@@ -30,10 +31,10 @@ def classifier_free(
     also says its variance, in channels behind the C of ``x_t``, that is the conditional one.
     """
     if scale == 1:
-        return network(x_t, z, t, labels)
-    both_labels = torch.cat([labels, torch.full_like(labels, null_label)])
+        return network(x_t, z, t, **conditions.given())
+    both_conditions = conditions.followed_by(conditions.null(null_label))
     both_z = torch.cat([z, z]) if z is not None else None
-    output = network(torch.cat([x_t, x_t]), both_z, torch.cat([t, t]), both_labels)
+    output = network(torch.cat([x_t, x_t]), both_z, torch.cat([t, t]), **both_conditions.given())
     conditional, unconditional = output.chunk(2)
     channels = x_t.shape[1]
     guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)

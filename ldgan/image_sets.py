@@ -417,6 +417,9 @@ class Samples(ImageSet):
             "labels": self._job.labels,
             "precision": self._accelerator.mixed_precision,
         }
+        if self._job.prompts is not None:
+            made_by["prompts"] = self._job.prompts.captions
+            made_by["text_encoder"] = model.text_encoder.fingerprint if model.text_encoder is not None else None
         return hashlib.sha256(json.dumps(self.describe() | made_by, sort_keys=True).encode()).hexdigest()
 
 

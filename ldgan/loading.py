@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from torch import Tensor
 from autoencoder.light_decoder import LightDecoder, load_light_decoder
 from autoencoder.loading import load_autoencoder
 from autoencoder.networks import AutoencoderKL
+from autoencoder.text import Text, TextEncoder, open_text_encoder
 from ldgan.classifier import Classifier, load_classifier
+from ldgan.conditions import Conditions, no_text
 from ldgan.diffusion import BETA_MAX, Denoised, Diffusion, Predicts, Variance, build_diffusion
 from ldgan.engine.checkpoint import load_thing, read_description
 from ldgan.engine.cli import UserError
@@ -31,22 +35,43 @@ WEIGHTS = {GAN: "generator_ema", DDPM: "network_ema"}
 NETWORK = {GAN: "generator", DDPM: "network"}
 AUTOENCODER_FOLDER = "autoencoder"  # a run on latents holds a copy of the autoencoder they belong to
 
+TEXT_ENCODER_FOLDER = "text_encoder"  # a run on captions holds a copy of the text encoder that embedded them
+
 
 def build_unet(
-    config: UNetConfig, data_shape: tuple[int, int, int], num_classes: int = 0, *, learned_variance: bool = False
+    config: UNetConfig,
+    data_shape: tuple[int, int, int],
+    num_classes: int = 0,
+    *,
+    text_dim: int = 0,
+    learned_variance: bool = False,
 ) -> UNet:
     """A fresh network for square data of shape (C, s, s); a learned variance doubles its output channels."""
     channels, side, _ = data_shape
-    out_channels = 2 * channels if learned_variance else channels
-    return UNet(channels=channels, resolution=side, out_channels=out_channels, num_classes=num_classes, **vars(config))
+    return UNet(
+        channels=channels,
+        resolution=side,
+        out_channels=2 * channels if learned_variance else channels,
+        num_classes=num_classes,
+        text_dim=text_dim,
+        **vars(config),
+    )
+
+
+class TextEncoderSource(NamedTuple):
+    """Where the text encoder of a model lies, to be opened when there are prompts."""
+
+    folder: Path
+    fingerprint: str
+    max_tokens: int  # of a text, as in training
 
 
 @dataclass
 class TrainedModel:
     """A network in eval mode with all it needs to make images.
 
-    ``autoencoder`` is None for pixels, ``class_names`` are None for a model without classes. ``light_decoder``,
-    where given, decodes instead of the autoencoder.
+    ``autoencoder`` is None for pixels, ``class_names`` are None for a model without classes and ``text_encoder`` for
+    one without text. ``light_decoder``, where given, decodes instead of the autoencoder.
     """
 
     network: UNet
@@ -59,6 +84,7 @@ class TrainedModel:
     class_names: list[str] | None = None
     light_decoder: LightDecoder | None = None
     classifier: Classifier | None = None  # guides every sample that has a label
+    text_encoder: TextEncoderSource | None = None
 
     def sample(
         self,
@@ -66,13 +92,15 @@ class TrainedModel:
         labels: Sequence[int] | None = None,
         sampler: SamplerConfig | None = None,
         callback: Callback | None = None,
+        text: Text | None = None,
     ) -> Tensor:
         """Samples of x_0, (B, C, s, s): one for each seed, the same whatever the batch.
 
-        A class-conditional model without ``labels`` draws them, uniformly, from the seeds.
+        A class-conditional model without ``labels`` draws them, uniformly, from the seeds; one that knows text, given
+        as of `encode_prompts`, one for each seed, samples unconditionally without.
         """
-        noise = noise_from_seeds(seeds, "sample", self.device)
-        return self.run(noise, noise, self.labels(seeds, labels), sampler or SamplerConfig(), callback=callback)
+        noise, known = noise_from_seeds(seeds, "sample", self.device), self.labels(seeds, labels)
+        return self.run(noise, noise, known, sampler or SamplerConfig(), text=text, callback=callback)
 
     def run(
         self,
@@ -81,6 +109,7 @@ class TrainedModel:
         labels: Tensor | None,
         sampler: SamplerConfig,
         *,
+        text: Text | None = None,
         start: Start | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -88,7 +117,7 @@ class TrainedModel:
 
         ``labels`` are as of `labels`; with ``start`` (steps of `process`) sampling begins there.
         """
-        denoiser, diffusion, guidance = self.process(z_noise, labels, sampler)
+        denoiser, diffusion, guidance = self.process(z_noise, labels, sampler, text)
         if sampler.method == "ddim":
             return ddim(
                 denoiser,
@@ -104,30 +133,37 @@ class TrainedModel:
             denoiser, diffusion, x_noise, self.data_shape, start=start, guidance=guidance, callback=callback
         )
 
-    def process(self, z_noise: Noise, labels: Tensor | None, sampler: SamplerConfig) -> Process:
+    def process(
+        self, z_noise: Noise, labels: Tensor | None, sampler: SamplerConfig, text: Text | None = None
+    ) -> Process:
         """What a sampler works with: the process in the steps that are visited, what denoises, what guides."""
         diffusion = self.diffusion.respaced(sampler.num_steps) if sampler.num_steps else self.diffusion
         known = labels if self.network.num_classes else None
         guidance = None
         if self.classifier is not None and labels is not None:
             guidance = classifier_gradient(self.classifier, diffusion, labels, sampler.classifier_scale)
-        return Process(self.denoiser(diffusion, z_noise, known, sampler.guidance_scale), diffusion, guidance)
+        conditions = Conditions(known, text)
+        return Process(self.denoiser(diffusion, z_noise, conditions, sampler.guidance_scale), diffusion, guidance)
 
     def denoiser(
-        self, diffusion: Diffusion, noise: Noise, labels: Tensor | None = None, guidance_scale: float = 1.0
+        self,
+        diffusion: Diffusion,
+        noise: Noise,
+        conditions: Conditions = Conditions(),
+        guidance_scale: float = 1.0,
     ) -> Denoiser:
         """The network as samplers of ``diffusion`` see it; a generator's z come from ``noise``."""
+        scale = guidance_scale if conditions.given() else 1.0  # away from what it would say anyway: the same
 
         def denoise(x_t: Tensor, t: Tensor) -> Denoised:
             z = noise((self.network.z_dim,)) if self.network.z_dim else None
             timesteps = diffusion.timesteps.to(t.device)[t]
-            if labels is None:
-                output = self.network(x_t, z, timesteps)
-            else:
-                null_label = self.network.num_classes
-                output = classifier_free(
-                    self.network, x_t, z, timesteps, labels, null_label=null_label, scale=guidance_scale
-                )
+            known = conditions
+            if self.text_encoder is not None and conditions.text is None:
+                known = conditions._replace(text=no_text(len(x_t), self.network.text_dim, x_t.device))
+            output = classifier_free(
+                self.network, x_t, z, timesteps, known, null_label=self.network.num_classes, scale=scale
+            )
             return diffusion.denoised(output, x_t, t, self.predicts, self.variance)
 
         return denoise
@@ -145,6 +181,35 @@ class TrainedModel:
             random = [generator("cpu", "label", seed) for seed in seeds]
             labels = [int(torch.randint(self.network.num_classes, (), generator=each)) for each in random]
         return torch.tensor(labels, device=self.device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Text:
+        """Embeddings of prompts, one text for each; those too long for the model are cut, with a notice.
+
+        Raises:
+            UserError: there are no prompts, or the model knows no text, or its text encoder is missing or another one.
+        """
+        if self.text_encoder is None:
+            instead = "labels, as it knows classes" if self.class_names else "seeds alone"
+            raise UserError(f"the model was trained without captions and reads no prompts; sample it by {instead}")
+        if not prompts:
+            raise UserError("there are no prompts; give one or more, or leave them out to sample without")
+        too_long = sum(number > self._text_encoder.max_tokens for number in self._text_encoder.num_tokens(prompts))
+        if too_long:
+            limit = self._text_encoder.max_tokens
+            warnings.warn(f"{too_long} prompts are longer than {limit} tokens; their ends are not read", stacklevel=2)
+        return self._text_encoder(prompts)
+
+    @cached_property
+    def _text_encoder(self) -> TextEncoder:
+        """The text encoder, opened where it is first needed; a UserError if it is not the model's own."""
+        assert self.text_encoder is not None
+        folder, fingerprint, max_tokens = self.text_encoder
+        encoder = open_text_encoder(folder, self.device, max_tokens)
+        if encoder.fingerprint != fingerprint:
+            raise UserError(
+                f"{folder}: is not the text encoder that the model was trained with; restore the run's copy"
+            )
+        return encoder
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
@@ -175,13 +240,14 @@ def load_model(
         raise UserError(
             f"{path}: holds an {kind}, not a {GAN} or {DDPM}; give a run of ldgan/train.py or ldgan/train_ddpm.py"
         )
-    config, class_names = description["config"], description.get("class_names")
+    config, class_names, text = description["config"], description.get("class_names"), description.get("text")
     channels, side, _ = description["data_shape"]
     variance = config.get("variance", "posterior")
     network = build_unet(
         from_dict(UNetConfig, config[NETWORK[kind]], str(folder)),
         (channels, side, side),
         len(class_names or []),
+        text_dim=text["dim"] if text is not None else 0,
         learned_variance=variance == "learned",
     )
     load_thing(folder, WEIGHTS[kind], network)
@@ -205,7 +271,15 @@ def load_model(
         class_names=class_names,
         light_decoder=light_decoder,
         classifier=guide,
+        text_encoder=text_encoder_of(run_of(folder), text),
     )
+
+
+def text_encoder_of(run: Path, text: dict[str, Any] | None) -> TextEncoderSource | None:
+    """The text encoder in a run's folder, by what its checkpoints say of their ``text``; None for models without."""
+    if text is None:
+        return None
+    return TextEncoderSource(run / TEXT_ENCODER_FOLDER, text["encoder"], text["max_tokens"])
 
 
 def process_of(config: dict[str, Any]) -> Diffusion:

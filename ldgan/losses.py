@@ -29,6 +29,14 @@ def relativistic_loss(logits: Tensor, opponent_logits: Tensor) -> Tensor:
     return F.softplus(opponent_logits - logits).mean()
 
 
+def mismatch_loss(logits: Tensor, differs: Tensor) -> Tensor:
+    """Discriminator's loss of real samples beside captions of others (Reed et al., arXiv 1605.05396, GAN-CLS): fakes.
+
+    It is the mean over all B samples; those whose caption is no other one, by ``differs``, bool (B,), add nothing.
+    """
+    return (F.softplus(logits) * differs).mean()
+
+
 def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     """E ||grad_inputs D||^2: R1 on real inputs (Mescheder et al., arXiv 1801.04406), R2 on fake ones.
 

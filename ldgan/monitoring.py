@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from accelerate import Accelerator
 
+from ldgan.conditions import Prompts
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
 from ldgan.engine.session import Session
@@ -172,8 +173,12 @@ def open_monitor(
     model: TrainedModel,
     accelerator: Accelerator,
     sampler: SamplerConfig | None = None,
+    *,
+    prompts: Prompts | None = None,
 ) -> Monitor | None:
     """Open and measure what samples will be compared with; None if ``config`` asks for no evaluation.
+
+    Samples are those of ``prompts``, in turn, where they are given.
 
     To be called by all processes, before training, so that a wrong path stops a run at once.
 
@@ -182,7 +187,7 @@ def open_monitor(
     """
     if config.every_steps == 0:
         return None
-    job = Job(model, sampler or SamplerConfig(), None, config.num_images, FIRST_SEED, config.batch_size)
+    job = Job(model, sampler or SamplerConfig(), None, config.num_images, FIRST_SEED, config.batch_size, prompts)
     samples = Samples(job, accelerator)
     network = _open_network(config, session, accelerator)
     reference = _measure_reference(config, samples, network, accelerator) if config.needs_reference else None

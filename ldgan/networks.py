@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.text import Text
 from ldgan.blocks import (
     AdaptiveGroupNorm,
     AttentionLayout,
     BlockBuilder,
     Condition,
+    CrossAttention,
     MappingNetwork,
+    PooledText,
     ResBlock,
     SelfAttention,
     TimeEmbedding,
@@ -35,6 +38,7 @@ from ldgan.engine.config import option
 
 Conditioning = Literal["add", "adaptive_norm"]
 ProgressiveInput = Literal["none", "residual"]
+TextConditioning = Literal["cross_attention", "pooled"]
 
 
 @dataclass
@@ -80,10 +84,18 @@ class UNetConfig:
         " normalisation, as in ADM",
     )
     dropout: float = option(0.0, "dropout probability inside residual blocks")
+    text_conditioning: TextConditioning = option(
+        "cross_attention",
+        "of a model that reads captions. pooled: their pooled embedding joins the time embedding; cross_attention: and"
+        " feature maps attend to their tokens",
+    )
+    text_attention_resolutions: list[int] = option(
+        [], "sides of the feature maps, in latent pixels, that attend to captions; []: attention_resolutions"
+    )
 
 
 class UNet(nn.Module):
-    """G(x_t, z, t, labels) -> what is asked of it about x_t, an estimate of x_0 say: (B, out_channels, s, s).
+    """G(x_t, z, t, labels, text) -> what is asked of it about x_t, an estimate of x_0 say: (B, out_channels, s, s).
 
     The random z makes p(x_0 | x_t) multimodal; without it a large denoising step could only answer with a
     mean. The output is not squashed: standardised latents have no bounds.
@@ -116,8 +128,11 @@ class UNet(nn.Module):
         time_embedding: TimeEmbeddingKind,
         time_conditioning: Conditioning,
         dropout: float,
+        text_conditioning: TextConditioning,
+        text_attention_resolutions: Sequence[int],
+        text_dim: int = 0,
     ) -> None:
-        """``num_classes`` 0: no labels. `UNetConfig` tells what the rest means.
+        """``num_classes`` 0: no labels. ``text_dim`` 0: no text. `UNetConfig` tells what the rest means.
 
         Raises:
             ValueError: two arguments contradict each other, or a level would have no block.
@@ -126,12 +141,22 @@ class UNet(nn.Module):
         if num_res_blocks < 1:
             raise ValueError(f"num_res_blocks is {num_res_blocks}; give 1 or more")
         sides = level_sides(resolution, channel_multipliers)
-        self.z_dim, self.num_classes = z_dim, num_classes
+        text_resolutions = tuple(text_attention_resolutions or attention_resolutions)
+        if text_dim == 0 or text_conditioning == "pooled":
+            text_resolutions = ()
+        elif not set(text_resolutions) & set(sides):
+            raise ValueError(
+                f"no feature map would attend to captions: text_attention_resolutions has {[*text_resolutions]}, and"
+                f" the sides are {sides}; give one of these, or text_conditioning=pooled"
+            )
+        self.z_dim, self.num_classes, self.text_dim = z_dim, num_classes, text_dim
         self.z_conditioning, self.time_conditioning = z_conditioning, time_conditioning
         style_dim = (style_dim or embedding_dim) if z_dim > 0 else 0
         self.mapping = MappingNetwork(z_dim, style_dim, num_mapping_layers) if z_dim > 0 else None
         self.time_embedding = TimeEmbedding(base_channels, embedding_dim, time_embedding)
         self.label_embedding = label_embedding(num_classes, embedding_dim) if num_classes > 0 else None
+        # Beside cross-attention too: one vector costs nothing, and it reaches every block, at every resolution.
+        self.text_embedding = PooledText(text_dim, embedding_dim) if text_dim > 0 else None
 
         steering = style_dim if z_conditioning == "adaptive_norm" else 0
         added = embedding_dim if time_conditioning == "add" else 0
@@ -148,6 +173,8 @@ class UNet(nn.Module):
             fir=fir,
             rescale=rescale,
             dropout=dropout,
+            text_dim=text_dim,
+            text_resolutions=text_resolutions,
         )
         widths = [base_channels * multiplier for multiplier in channel_multipliers]
 
@@ -181,7 +208,9 @@ class UNet(nn.Module):
         for layer in residual_outputs(self):
             nn.init.zeros_(layer.weight)  # every residual branch starts as nothing
 
-    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, z: Tensor | None, t: Tensor, labels: Tensor | None = None, text: Text | None = None
+    ) -> Tensor:
         """(B, C, s, s) -> (B, out_channels, s, s), in fp32.
 
         Args:
@@ -189,8 +218,9 @@ class UNet(nn.Module):
             z: (B, z_dim) ~ N(0, I); None where ``z_dim`` is 0.
             t: int64 (B,), 1 or more.
             labels: int64 (B,) in 0..num_classes, where ``num_classes`` itself means "no label"; None where that is 0.
+            text: B texts of dimension ``text_dim``, where one without rows means "no text"; None where that is 0.
         """
-        condition = self._condition(z, t, labels)
+        condition = self._condition(z, t, labels, text)
         x = self.conv_in(x_t)
         skips, pyramid = [x], x_t
         for name, block in self.down.items():
@@ -204,21 +234,33 @@ class UNet(nn.Module):
             x = block(x if name.endswith("_up") else torch.cat([x, skips.pop()], dim=1), condition)
         return self.conv_out(F.silu(self.norm_out(x, condition.norm1))).float()
 
-    def _condition(self, z: Tensor | None, t: Tensor, labels: Tensor | None) -> Condition:
-        """Time, class and style, sent the ways that the arguments chose."""
-        if (z is None) != (self.mapping is None) or (labels is None) != (self.label_embedding is None):
-            raise ValueError(
-                f"z_dim is {self.z_dim} and num_classes is {self.num_classes}, but z is {type(z).__name__} and labels"
-                f" are {type(labels).__name__}; give each where its number is not 0, and None elsewhere"
-            )
+    def _condition(self, z: Tensor | None, t: Tensor, labels: Tensor | None, text: Text | None) -> Condition:
+        """Time, class, text and style, sent the ways that the arguments chose."""
+        self._check_inputs(z, labels, text)
         time = self.time_embedding(t)
         if self.label_embedding is not None:
             time = time + self.label_embedding(labels)
+        if self.text_embedding is not None:
+            time = time + self.text_embedding(text)
         style = self.mapping(z) if self.mapping is not None else None
         steering_style, added_style = (style, None) if self.z_conditioning == "adaptive_norm" else (None, style)
         if self.time_conditioning == "add":
-            return Condition(norm1=steering_style, added=join(time, added_style), norm2=steering_style)
-        return Condition(norm1=steering_style, added=added_style, norm2=join(F.silu(time), steering_style))
+            return Condition(norm1=steering_style, added=join(time, added_style), norm2=steering_style, text=text)
+        steering = join(F.silu(time), steering_style)
+        return Condition(norm1=steering_style, added=added_style, norm2=steering, text=text)
+
+    def _check_inputs(self, z: Tensor | None, labels: Tensor | None, text: Text | None) -> None:
+        """Raise a ValueError unless there is what the network knows, and nothing else."""
+        for name, value, number, size in (
+            ("z", z, "z_dim", self.z_dim),
+            ("labels", labels, "num_classes", self.num_classes),
+            ("text", text, "text_dim", self.text_dim),
+        ):
+            if (value is None) != (size == 0):
+                raise ValueError(
+                    f"{number} is {size}, but {name} is {type(value).__name__}; give it where its number is not 0, and"
+                    " None elsewhere"
+                )
 
 
 def join(vector: Tensor, other: Tensor | None) -> Tensor:
@@ -230,4 +272,4 @@ def residual_outputs(unet: UNet) -> list[nn.Conv2d]:
     """The last convolution of each residual branch and attention."""
     modules = list(unet.modules())
     blocks = [module.conv2 for module in modules if isinstance(module, UNetBlock)]
-    return blocks + [module.out for module in modules if isinstance(module, SelfAttention)]
+    return blocks + [module.out for module in modules if isinstance(module, SelfAttention | CrossAttention)]

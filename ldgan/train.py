@@ -17,7 +17,16 @@ import torch
 from accelerate.utils import set_seed
 
 from data_prep.loader import batches_of_run
-from ldgan.data import ConditionalDataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
+from ldgan.data import (
+    TextConditionalDataConfig,
+    add_latent_flag,
+    check_text_encoder,
+    describe_run,
+    first_captions,
+    keep_autoencoder,
+    keep_text_encoder,
+    open_data,
+)
 from ldgan.diffusion import BETA_MAX, Predicts, build_diffusion
 from ldgan.discriminator import Discriminator, DiscriminatorConfig
 from ldgan.engine import cli
@@ -27,8 +36,8 @@ from ldgan.engine.config import option, to_dict
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.session import RunConfig, Session, make_accelerator
-from ldgan.generation import preview
-from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet, process_of
+from ldgan.generation import NUM_PREVIEW_IMAGES, keep_preview_captions, preview
+from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet, process_of, text_encoder_of
 from ldgan.monitoring import EvaluationConfig, open_monitor
 from ldgan.networks import UNetConfig
 from ldgan.training import DiffusionGANTrainer, LossConfig, Objective, PhasesConfig, Players
@@ -42,7 +51,7 @@ torchrun --nproc_per_node 2 ldgan/train.py --latent --config configs/ldgan/stack
 
 
 @dataclass
-class TrainConfig(ConditionalDataConfig):
+class TrainConfig(TextConditionalDataConfig):
     """Everything a run of stage 2 depends on."""
 
     num_timesteps: int = option(4, "T, the number of denoising steps, 1 to 8")
@@ -87,6 +96,8 @@ class TrainConfig(ConditionalDataConfig):
                 "objective=one_shot makes x_0 that belong to no data; set loss.l1_weight and l1_weight_final to 0"
             )
         self.loss.validate()
+        if self.loss.mismatch_weight > 0 and not self.text_conditional:
+            raise cli.UserError("loss.mismatch_weight needs captions; set text_conditional=true")
 
 
 def main() -> None:
@@ -98,16 +109,26 @@ def main() -> None:
     set_seed(config.run.seed)
     source, autoencoder = open_data(config, accelerator)
     check_windows(config.loss.energy_windows, source.shape[-1])
-    class_names = source.class_names if config.class_conditional else None
+    if config.text_conditional and config.text_encoder is not None:
+        check_text_encoder(config.text_encoder, source)
+    description = describe_run(
+        GAN,
+        source,
+        autoencoder,
+        class_conditional=config.class_conditional,
+        text_conditional=config.text_conditional,
+    )
+    class_names, text = description["class_names"], description["text"]
 
     diffusion = build_diffusion(config.schedule, config.num_timesteps, config.beta_max)
-    players = build_players(config, source.shape, len(class_names or []), accelerator.device)
-    description = describe_run(GAN, source, autoencoder, class_conditional=config.class_conditional)
+    text_dim = text["dim"] if text is not None else 0
+    players = build_players(config, source.shape, len(class_names or []), accelerator.device, text_dim=text_dim)
     session = Session(accelerator, config, things_to_save(players), description)
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
         return
     keep_autoencoder(config, session.run.path, accelerator)
+    keep_text_encoder(config, session.run.path, accelerator)
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = DiffusionGANTrainer(
@@ -117,6 +138,7 @@ def main() -> None:
         objective=config.objective,
         predicts=config.predicts,
         label_dropout=config.label_dropout,
+        caption_dropout=config.caption_dropout,
         loss=config.loss,
         phases=config.phases,
         timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
@@ -132,12 +154,19 @@ def main() -> None:
         description["resolution"],
         predicts=config.predicts,
         class_names=class_names,
+        text_encoder=text_encoder_of(session.run.path, text),
     )
-    monitor = open_monitor(config.evaluation, session, model, accelerator)
+    prompts = None
+    if config.text_conditional:
+        num_prompts = max(NUM_PREVIEW_IMAGES, config.evaluation.num_images if config.evaluation.every_steps > 0 else 0)
+        prompts = first_captions(source, num_prompts, accelerator.device)
+        if accelerator.is_main_process:
+            keep_preview_captions(session, prompts)
+    monitor = open_monitor(config.evaluation, session, model, accelerator, prompts=prompts)
     for step in session.steps():
         set_learning_rates(config, step, players)
         session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
-        preview(session, step, model, accelerator)
+        preview(session, step, model, accelerator, prompts=prompts)
         if monitor is not None:
             monitor.evaluate(step)
 
@@ -152,7 +181,7 @@ def check_windows(windows: list[int], side: int) -> None:
 
 
 def build_players(
-    config: TrainConfig, data_shape: tuple[int, int, int], num_classes: int, device: torch.device
+    config: TrainConfig, data_shape: tuple[int, int, int], num_classes: int, device: torch.device, *, text_dim: int = 0
 ) -> Players:
     """Fresh networks for data of this shape, and their optimizers.
 
@@ -162,9 +191,14 @@ def build_players(
     channels, side, _ = data_shape
     pairs = config.objective == "denoising"
     try:
-        generator = build_unet(config.generator, data_shape, num_classes).to(device)
+        generator = build_unet(config.generator, data_shape, num_classes, text_dim=text_dim).to(device)
         discriminator = Discriminator(
-            channels=channels, resolution=side, num_classes=num_classes, pairs=pairs, **vars(config.discriminator)
+            channels=channels,
+            resolution=side,
+            num_classes=num_classes,
+            pairs=pairs,
+            text_dim=text_dim,
+            **vars(config.discriminator),
         ).to(device)
     except ValueError as error:
         raise cli.UserError(f"generator or discriminator: {error}") from error

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from autoencoder.text import Text
+from ldgan.conditions import Conditions, drop_text, mismatched
 from ldgan.data import DataSource, drop_labels
 from ldgan.diffusion import Diffusion, Predicts
 from ldgan.discriminator import Discriminator
@@ -35,6 +37,7 @@ from ldgan.losses import (
     finite_difference_penalty,
     generator_loss,
     gradient_penalty,
+    mismatch_loss,
     reconstruction_loss,
     relativistic_loss,
     sigmoid_decay,
@@ -66,6 +69,10 @@ class LossConfig:
     energy_weight: float = option(0.0, "weight of the energy score of two x_0 estimates; costs a second forward pass")
     energy_windows: list[int] = option([], "sides of windows, in latent pixels, that the energy score sees apart")
 
+    mismatch_weight: float = option(
+        0.0, "with captions: weight of the discriminator's loss of real samples beside captions of others (GAN-CLS)"
+    )
+
     def validate(self) -> None:
         """Raise a UserError for weights and steps that make no sense."""
         if self.r1_gamma < 0 or self.r2_gamma < 0:
@@ -74,6 +81,13 @@ class LossConfig:
             raise UserError(f"loss.r1_every_steps is {self.r1_every_steps}; choose 1 or more")
         if self.penalty_epsilon <= 0:
             raise UserError(f"loss.penalty_epsilon is {self.penalty_epsilon}; choose more than 0 (0.1 is usual)")
+
+        if self.mismatch_weight < 0:
+            raise UserError(f"loss.mismatch_weight is {self.mismatch_weight}; choose 0 or more (0.5 is Reed et al.'s)")
+        if self.mismatch_weight > 0 and self.adversarial == "relativistic":
+            raise UserError(
+                "loss.mismatch_weight judges samples alone; set loss.adversarial=non_saturating, or it to 0"
+            )
 
     def l1_weight_at(self, progress: float) -> float:
         """Weight of the L1 term at ``progress``, 0 to 1, of the run (Trinh and Hamagami, 2024)."""
@@ -105,6 +119,7 @@ class Batch(NamedTuple):
 
     x_0: Tensor  # (B, C, s, s)
     labels: Tensor | None  # int64 (B,); None without classes
+    text: Text | None = None  # B captions; None for players that do not read them
 
 
 class Drawn(NamedTuple):
@@ -114,10 +129,16 @@ class Drawn(NamedTuple):
     x_t: Tensor | None  # (B, C, s, s); None in a one-shot game
     t: Tensor  # int64 (B,) in 1..T
     labels: Tensor | None  # int64 (B,); None without classes
+    text: Text | None = None  # B captions; None for players that do not read them
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What both players are told, as their arguments by name."""
+        return Conditions(self.labels, self.text).given()
 
     def judge(self, discriminator: nn.Module, x_previous: Tensor) -> Tensor:
         """Logits (B,) of real or fake x_{t-1}."""
-        return discriminator(x_previous, self.x_t, self.t, self.labels)
+        return discriminator(x_previous, self.x_t, self.t, **self.conditions)
 
 
 class DiffusionGANTrainer:
@@ -132,6 +153,7 @@ class DiffusionGANTrainer:
         objective: Objective,
         predicts: Predicts,
         label_dropout: float,
+        caption_dropout: float = 0.0,
         loss: LossConfig,
         phases: PhasesConfig,
         timestep_weights: Sequence[float],
@@ -141,7 +163,8 @@ class DiffusionGANTrainer:
     ) -> None:
         """``predicts`` tells what the generator's output is; a one-shot generator's is x_0."""
         self._accelerator, self._diffusion, self._players = accelerator, diffusion, players
-        self._one_shot, self._predicts, self._label_dropout = objective == "one_shot", predicts, label_dropout
+        self._one_shot, self._predicts = objective == "one_shot", predicts
+        self._label_dropout, self._caption_dropout = label_dropout, caption_dropout
         self._loss, self._phases = loss, phases
         # The same weights behind a wrapper that averages gradients over processes. Each player's own step goes
         # through its wrapper; the other player only serves there, as the bare network.
@@ -195,7 +218,12 @@ class DiffusionGANTrainer:
         return mean_terms(terms)
 
     def discriminator_losses(self, batch: Batch, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
-        """Adversarial loss and, with ``penalise``, the weighted penalties: R1 on real and R2 on fake samples."""
+        """Adversarial loss and, with ``penalise``, the weighted penalties: R1 on real and R2 on fake samples.
+
+        With a mismatch weight also the weighted loss of real samples beside the caption of the batch's next sample,
+        where there are two captions and they differ: the discriminator must look at what a caption says, and not only
+        at whether an image is real.
+        """
         drawn = self._draw(batch, random)
         with torch.no_grad():
             fake, _ = self._fake(self._players.generator, drawn, random)
@@ -209,6 +237,10 @@ class DiffusionGANTrainer:
         relativistic = self._loss.adversarial == "relativistic"
         adversarial_loss = relativistic_loss if relativistic else discriminator_loss
         terms = {"discriminator": adversarial_loss(real_logits, fake_logits)}
+        if self._loss.mismatch_weight > 0 and drawn.text is not None:
+            other_text, differs = mismatched(drawn.text)
+            other_logits = drawn._replace(text=other_text).judge(self._reduced_discriminator, real)
+            terms["mismatch"] = self._loss.mismatch_weight * mismatch_loss(other_logits, differs)
         for name, gamma, x, logits in (
             ("r1", self._loss.r1_gamma, real, real_logits),
             ("r2", self._loss.r2_gamma, fake, fake_logits),
@@ -240,23 +272,26 @@ class DiffusionGANTrainer:
         return terms
 
     def _read(self, source: DataSource, batch: dict[str, Tensor], step: int, number: int) -> Batch:
-        """x_0 and, for players with classes, labels of a batch of the dataset."""
-        x_0 = source.x_0(batch, self._random("x_0", step, number))
-        return Batch(x_0, source.labels(batch, x_0.device) if self._players.generator.num_classes > 0 else None)
+        """x_0 and, for players with classes or text, labels or captions of a batch of the dataset."""
+        x_0, generator = source.x_0(batch, self._random("x_0", step, number)), self._players.generator
+        labels = source.labels(batch, x_0.device) if generator.num_classes > 0 else None
+        return Batch(x_0, labels, source.text(batch, x_0.device) if generator.text_dim > 0 else None)
 
     def _draw(self, batch: Batch, random: torch.Generator) -> Drawn:
-        """Labels, t in 1..T for each sample, drawn by the timestep weights, and (x_{t-1}, x_t) ~ q given x_0."""
-        x_0, labels = batch
+        """Labels, captions, t in 1..T for each sample, by the timestep weights, and (x_{t-1}, x_t) ~ q given x_0."""
+        x_0, labels, text = batch
         if labels is not None:
             # Left out for both players, for classifier-free guidance. A discriminator that knew a label which the
             # generator does not would drive it towards the likelier classes: its best answer for all of them at
-            # once is not their mixture.
+            # once is not their mixture. The same goes for captions.
             labels = drop_labels(labels, self._label_dropout, self._players.generator.num_classes, random)
+        if text is not None:
+            text = drop_text(text, self._caption_dropout, random)
         t = 1 + torch.multinomial(self._timestep_weights, len(x_0), replacement=True, generator=random)
         if self._one_shot:
-            return Drawn(self._diffusion.diffuse(x_0, t - 1, noise_like(x_0, random)), None, t, labels)
+            return Drawn(self._diffusion.diffuse(x_0, t - 1, noise_like(x_0, random)), None, t, labels, text)
         real, x_t = self._diffusion.pair(x_0, t, noise_like(x_0, random), noise_like(x_0, random))
-        return Drawn(real, x_t, t, labels)
+        return Drawn(real, x_t, t, labels, text)
 
     def _fake(self, generator: nn.Module, drawn: Drawn, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """A fake x_{t-1} and the generator's estimate behind it: of x_0, or of x_{t-1} if it predicts that.
@@ -269,7 +304,7 @@ class DiffusionGANTrainer:
             x_t, t = noise_like(drawn.real, random), torch.full_like(t, self._diffusion.num_steps)
         z_dim = self._players.generator.z_dim
         z = torch.randn(len(t), z_dim, generator=random, device=t.device) if z_dim > 0 else None
-        output = generator(x_t, z, t, drawn.labels)
+        output = generator(x_t, z, t, **drawn.conditions)
         noise = noise_like(x_t, random)
         if self._one_shot:
             return self._diffusion.diffuse(output, drawn.t - 1, noise), output

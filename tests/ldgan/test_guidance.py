@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldgan.conditions import Conditions
 from ldgan.diffusion import Denoised, Diffusion, linear_betas, vp_betas
 from ldgan.engine.seeding import noise_from_seeds
 from ldgan.guidance import classifier_free, classifier_gradient
@@ -50,7 +51,8 @@ def network() -> LabelledNetwork:
 
 
 def guided(network: LabelledNetwork, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor], scale: float) -> Tensor:
-    return classifier_free(network, *inputs, null_label=NULL_LABEL, scale=scale)
+    x_t, z, t, labels = inputs
+    return classifier_free(network, x_t, z, t, Conditions(labels), null_label=NULL_LABEL, scale=scale)
 
 
 def test_classifier_free_guidance_is_conditional_at_1_and_unconditional_at_0(network, inputs):

@@ -175,7 +175,7 @@ def test_a_classifier_guides_a_model_without_classes(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "settings", "message"),
     [
-        ("plain", {"guidance_scale": 2.0}, "was trained without classes; leave out --guidance"),
+        ("plain", {"guidance_scale": 2.0}, "was trained without classes and captions; leave out --guidance"),
         ("classes", {"guidance_scale": 2.0}, "train with label_dropout"),
         ("plain", {"num_steps": 5}, "has 4 steps, and 5 are asked"),
         ("previous", {"method": "ddim"}, "predicts x_{t-1} itself"),

@@ -473,10 +473,10 @@ def test_a_one_shot_game_makes_x_0_from_noise_and_judges_it_diffused() -> None:
     x_0 = torch.full((BATCH_SIZE, *SHAPE), 100.0)  # of which the generator must see nothing
     terms = game.trainer.discriminator_losses(Batch(x_0, None), random_generator("cpu", 3), penalise=True)
     assert terms.keys() == {"discriminator", "r1"}
-    ((x_T, _, told, _, output),) = made
+    ((x_T, _, told, output),) = made
     assert x_T.abs().max() < 10
     assert told.tolist() == [4] * BATCH_SIZE
-    (real, no_x_t, t, _), (fake, _, fake_t, _) = judged
+    (real, no_x_t, t), (fake, _, fake_t) = judged
     assert no_x_t is None
     assert torch.equal(t, fake_t)
     random = random_generator("cpu", 3)
@@ -488,7 +488,7 @@ def test_a_one_shot_game_makes_x_0_from_noise_and_judges_it_diffused() -> None:
 
     terms = game.trainer.generator_losses(Batch(x_0, None), random_generator("cpu", 3), adversarial=True)
     assert terms.keys() == {"energy", "generator"}
-    assert all(told.tolist() == [4] * BATCH_SIZE for _, _, told, _, _ in made)
+    assert all(told.tolist() == [4] * BATCH_SIZE for _, _, told, _ in made)
     assert not torch.equal(made[-1][0], made[-2][0])  # the energy score's two samples come from an x_T each
 
 
@@ -504,8 +504,12 @@ def test_both_players_are_told_the_same_labels_of_which_a_share_is_left_out() ->
     game = new_game(num_classes=3, label_dropout=0.25)
     labels = torch.arange(4000) % 3
     told: list[Tensor] = []
+
+    def listen(module: nn.Module, given: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> None:
+        told.append(conditions["labels"])
+
     for player in (game.generator, game.discriminator):
-        player.register_forward_pre_hook(lambda module, given: told.append(given[3]))
+        player.register_forward_pre_hook(listen, with_kwargs=True)
     for losses in (game.trainer.discriminator_losses, game.trainer.generator_losses):
         told.clear()
         losses(batch(batch_size=4000, labels=labels), random_generator("cpu", 0), True)
@@ -519,7 +523,11 @@ def test_both_players_are_told_the_same_labels_of_which_a_share_is_left_out() ->
 def test_labels_come_from_the_batches_of_the_dataset() -> None:
     game, labels = new_game(num_classes=3), torch.tensor([2, 0, 1, 1])
     told: list[Tensor] = []
-    game.discriminator.register_forward_pre_hook(lambda module, given: told.append(given[3]))
+
+    def listen(module: nn.Module, given: tuple[Tensor, ...], conditions: dict[str, Tensor]) -> None:
+        told.append(conditions["labels"])
+
+    game.discriminator.register_forward_pre_hook(listen, with_kwargs=True)
     game.trainer.step(1, SOURCE, iter([{"image": data(), "label": labels}]), progress=0.0)
     assert all(torch.equal(seen, labels) for seen in told)
     assert len(told) == 3  # real, fake, and fake once more for the generator
