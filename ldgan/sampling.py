@@ -30,14 +30,6 @@ Callback = Callable[[int, Tensor, Tensor], None]
 """Called after each step with t, the estimate of x_0 and x_{t-1}."""
 
 
-class Process(NamedTuple):
-    """What a sampler works with."""
-
-    denoiser: Denoiser
-    diffusion: Diffusion
-    guidance: Guidance | None
-
-
 class Start(NamedTuple):
     """Where sampling begins in place of x_T ~ N(0, I)."""
 
@@ -64,7 +56,20 @@ class SamplerConfig:
             raise UserError(f"num_steps is {self.num_steps} and eta {self.eta}; choose 0 or more")
 
 
-@torch.no_grad()
+class Process(NamedTuple):
+    """What a sampler works with."""
+
+    denoiser: Denoiser
+    diffusion: Diffusion
+    guidance: Guidance | None
+
+    def steps(self, sampler: SamplerConfig) -> Denoiser:
+        """The steps that ``sampler`` takes, guidance included, as p(x_{t-1} | x_t)."""
+        if sampler.method == "ddim":
+            return ddim_steps(self.denoiser, self.diffusion, sampler.eta, self.guidance)
+        return ancestral_steps(self.denoiser, self.guidance)
+
+
 def ancestral(
     denoiser: Denoiser,
     diffusion: Diffusion,
@@ -77,23 +82,13 @@ def ancestral(
 ) -> Tensor:
     """Sample x_{t-1} ~ p(x_{t-1} | x_t) for t = T..1 from x_T ~ N(0, I): samples of x_0, (B, *shape).
 
-    Ho et al., Algorithm 2, and Xiao et al., section 4. No noise is added at t = 1. ``guidance`` shifts each
-    mean by the variance times it (Dhariwal and Nichol, arXiv 2105.05233, Algorithm 1). With ``start``, t runs from
-    there, as editing does (Meng et al., SDEdit, arXiv 2108.01073).
+    Ho et al., Algorithm 2, and Xiao et al., section 4. No noise is added at t = 1. ``guidance`` is that of
+    `ancestral_steps`. With ``start``, t runs from there, as editing does (Meng et al., SDEdit, arXiv 2108.01073).
     """
-    first_step, x = start or Start(diffusion.num_steps, noise(shape))
-    for step in range(first_step, 0, -1):
-        t = torch.full((len(x),), step, device=x.device)
-        denoised = denoiser(x, t)
-        if guidance is not None:
-            denoised = denoised._replace(mean=denoised.mean + denoised.std.square() * guidance(x, t))
-        x = denoised.sample(noise(shape)) if step > 1 else denoised.mean
-        if callback is not None:
-            callback(step, denoised.x_0, x)
-    return x
+    steps = ancestral_steps(denoiser, guidance)
+    return _descend(steps, diffusion, noise, shape, noisy=True, start=start, callback=callback)
 
 
-@torch.no_grad()
 def ddim(
     denoiser: Denoiser,
     diffusion: Diffusion,
@@ -107,22 +102,65 @@ def ddim(
 ) -> Tensor:
     """Sample by denoising diffusion implicit models (Song et al., arXiv 2010.02502, eq. 12): x_0, (B, *shape).
 
-    With ``eta`` 0 each step is deterministic, with 1 it has the posterior's variance. ``guidance`` is taken from
-    the noise estimate, times sqrt(1 - abar_t) (Dhariwal and Nichol, Algorithm 2). ``start`` is as of `ancestral`.
+    ``eta`` and ``guidance`` are those of `ddim_steps`, ``start`` is that of `ancestral`.
     """
+    steps = ddim_steps(denoiser, diffusion, eta, guidance)
+    return _descend(steps, diffusion, noise, shape, noisy=eta > 0, start=start, callback=callback)
+
+
+def ancestral_steps(denoiser: Denoiser, guidance: Guidance | None = None) -> Denoiser:
+    """The steps of `ancestral`: those of the denoiser, each mean shifted by the variance times ``guidance``.
+
+    Dhariwal and Nichol (arXiv 2105.05233), Algorithm 1.
+    """
+    if guidance is None:
+        return denoiser
+
+    def guided(x_t: Tensor, t: Tensor) -> Denoised:
+        denoised = denoiser(x_t, t)
+        return denoised._replace(mean=denoised.mean + denoised.std.square() * guidance(x_t, t))
+
+    return guided
+
+
+def ddim_steps(denoiser: Denoiser, diffusion: Diffusion, eta: float, guidance: Guidance | None = None) -> Denoiser:
+    """The steps of `ddim`: with ``eta`` 0 deterministic, with 1 of the posterior's variance.
+
+    ``guidance`` is taken from the noise estimate, times sqrt(1 - abar_t) (Dhariwal and Nichol, Algorithm 2).
+    """
+    previous_bar = torch.cat([torch.ones_like(diffusion.alphas_bar[:1]), diffusion.alphas_bar[:-1]])
+    variance = eta**2 * diffusion.posterior_variance
+    estimate_coefficient = (1.0 - previous_bar - variance).clamp(min=0).sqrt()
+
+    def step(x_t: Tensor, t: Tensor) -> Denoised:
+        x_0 = denoiser(x_t, t).x_0
+        estimate = diffusion.noise_of_x_0(x_0, x_t, t)
+        if guidance is not None:
+            estimate = estimate - at((1.0 - diffusion.alphas_bar).sqrt(), t, x_t) * guidance(x_t, t)
+            x_0 = diffusion.x_0_of_noise(estimate, x_t, t)
+        mean = at(previous_bar.sqrt(), t, x_t) * x_0 + at(estimate_coefficient, t, x_t) * estimate
+        return Denoised(x_0, mean, at(variance.sqrt(), t, x_t))
+
+    return step
+
+
+@torch.no_grad()
+def _descend(
+    steps: Denoiser,
+    diffusion: Diffusion,
+    noise: Noise,
+    shape: Sequence[int],
+    *,
+    noisy: bool,
+    start: Start | None,
+    callback: Callback | None,
+) -> Tensor:
+    """x_0, (B, *shape), from x_T ~ N(0, I) or ``start`` on; steps that are not ``noisy`` draw no noise."""
     first_step, x = start or Start(diffusion.num_steps, noise(shape))
     for step in range(first_step, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
-        x_0 = denoiser(x, t).x_0
-        estimate = diffusion.noise_of_x_0(x_0, x, t)
-        if guidance is not None:
-            estimate = estimate - at((1.0 - diffusion.alphas_bar).sqrt(), t, x) * guidance(x, t)
-            x_0 = diffusion.x_0_of_noise(estimate, x, t)
-        variance = eta**2 * diffusion.posterior_variance[step]
-        previous_bar = diffusion.alphas_bar[step - 1]
-        x = previous_bar.sqrt().to(x) * x_0 + (1.0 - previous_bar - variance).clamp(min=0).sqrt().to(x) * estimate
-        if variance > 0:
-            x = x + variance.sqrt().to(x) * noise(shape)
+        denoised = steps(x, t)
+        x = denoised.sample(noise(shape)) if noisy and step > 1 else denoised.mean
         if callback is not None:
-            callback(step, x_0, x)
+            callback(step, denoised.x_0, x)
     return x
