@@ -222,7 +222,8 @@ def resolve_checkpoint(path: Path) -> Path:
 
 def run_of(path: Path) -> Path:
     """The run that ``path``, a run or one of its checkpoints, belongs to; otherwise ``path``."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    saved_by_run = path.parent.name == "checkpoints" and STEP_FOLDER.fullmatch(path.name)
+    return path.parent.parent if saved_by_run else path
 
 
 def append_evaluation(run: Path, result: dict[str, Any]) -> Path:
