@@ -18,6 +18,7 @@ from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset
 from data_prep.shards import ShardSet
+from data_prep.urls import check_no_secrets
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option
 from ldgan.engine.files import new_folder
@@ -35,7 +36,8 @@ class DataConfig:
     sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
 
     def validate(self) -> None:
-        """Raise a UserError for settings that contradict each other."""
+        """Raise a UserError for settings that contradict each other, or must not be saved."""
+        check_no_secrets(self.data, "data")
         if self.latent and self.autoencoder is None:
             raise UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
 
