@@ -85,7 +85,7 @@ def main() -> None:
     """Train, compare with the full decoder, save beside it."""
     parser = training_parser("Train a light decoder to match a full one on its latents.", EXAMPLES, DistillConfig)
     _, config = parse_command(parser, DistillConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
     out = Path(config.out) if config.out is not None else light_decoder_folder(Path(config.autoencoder))
     if made_before(out, config):
         accelerator.print(f"{out}: finished before; nothing to do")
@@ -116,13 +116,14 @@ def main() -> None:
             batch_size=config.run.batch_size,
             seed=config.run.seed,
         )
-        for step in session.steps():
-            set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
-            session.record(step, trainer.step(step, batches))
-            if session.wants_preview(step):
-                images = preview(ema.model, autoencoder, data)
-                session.preview(step, "decoders", images, columns=len(images) // 3)
-        session.finish({"agreement": compare(accelerator, ema.model, autoencoder, data, perceptual, config)})
+        with session.naming_faults():
+            for step in session.steps():
+                set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
+                session.record(step, trainer.step(step, batches))
+                if session.wants_preview(step):
+                    images = preview(ema.model, autoencoder, data)
+                    session.preview(step, "decoders", images, columns=len(images) // 3)
+            session.finish({"agreement": compare(accelerator, ema.model, autoencoder, data, perceptual, config)})
     if accelerator.is_main_process:
         publish(session.run, ema, out)
 

@@ -32,6 +32,7 @@ from autoencoder.training import (
 )
 from data_prep.loader import ImageDataset, batches_of_run, sequential_batches
 from data_prep.shards import ShardSet
+from data_prep.urls import check_no_secrets
 from ldgan.engine import cli
 from ldgan.engine.attention import check_kernel
 from ldgan.engine.checkpoint import Stateful
@@ -70,7 +71,8 @@ class TrainConfig:
     ema_halflife_images: int = option(10_000, "images in which the weights' average forgets half of the past")
 
     def validate(self) -> None:
-        """Raise a UserError for settings that contradict each other."""
+        """Raise a UserError for settings that contradict each other, or must not be saved."""
+        check_no_secrets(self.data, "data")
         self.network.validate()
         if min(self.perceptual.weight, self.adversarial.weight, self.loss.kl_weight) < 0:
             raise cli.UserError("a loss has a weight below 0; give loss.kl_weight and the others 0 or more")
@@ -89,7 +91,7 @@ def main() -> None:
     """Train, measure the latent statistics, save."""
     parser = training_parser("Train a KL-regularised autoencoder on image shards (stage 1).", EXAMPLES, TrainConfig)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
     check_kernel(config.network.attention_kernel, accelerator.device, DTYPES[config.run.precision])
     set_seed(config.run.seed)
     data = ImageDataset(ShardSet.open(config.data))
@@ -114,16 +116,17 @@ def main() -> None:
         seed=config.run.seed,
     )
     autoencoder, ema = players.autoencoder, players.ema
-    for step in session.steps():
-        set_learning_rates(config, step, players)
-        session.record(step, trainer.step(step, batches))
-        if session.wants_preview(step):
-            rows = preview(ema.model, data)
-            session.preview(step, "reconstructions", rows, columns=len(rows) // 3)
+    with session.naming_faults():
+        for step in session.steps():
+            set_learning_rates(config, step, players)
+            session.record(step, trainer.step(step, batches))
+            if session.wants_preview(step):
+                rows = preview(ema.model, data)
+                session.preview(step, "reconstructions", rows, columns=len(rows) // 3)
 
-    statistics = measure_latent_statistics(accelerator, ema.model, data, config.run.batch_size)
-    autoencoder.set_latent_statistics(ema.model.latent_mean, ema.model.latent_std)
-    session.finish({"latent_statistics": statistics, "fingerprint": fingerprint(ema.model)})
+        statistics = measure_latent_statistics(accelerator, ema.model, data, config.run.batch_size)
+        autoencoder.set_latent_statistics(ema.model.latent_mean, ema.model.latent_std)
+        session.finish({"latent_statistics": statistics, "fingerprint": fingerprint(ema.model)})
     report(accelerator, config.run.dir, session.seconds, statistics)
 
 

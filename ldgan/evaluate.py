@@ -27,6 +27,7 @@ from torch import Tensor
 from autoencoder.light_decoder import add_decoder_flag
 from data_prep.images import RESIZE_FILTERS
 from data_prep.sources import DIGIT_SOURCES
+from data_prep.urls import path_or_url, public_name
 from ldgan.digit_metrics import MODES_OF_CLASSES, DigitMetrics
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
@@ -123,7 +124,7 @@ class Subject:
 
     images: ImageSet
     num_images: int
-    home: Path  # the model's run, or the folder of images
+    home: Path  # the model's run, or the folder of images; of a URL, where the results go
     job: Job | None = None
     checkpoint: Path | None = None
 
@@ -143,11 +144,12 @@ def open_subject(flags: argparse.Namespace, accelerator: Accelerator) -> Subject
         return Subject(Samples(job, accelerator), flags.num_images, run_of(checkpoint), job, checkpoint)
     images = open_set(flags, flags.images)
     check_number(images, flags.num_images or 0)
-    return Subject(images, flags.num_images or len(images), flags.images)
+    home = flags.images if isinstance(flags.images, Path) else flags.out.parent
+    return Subject(images, flags.num_images or len(images), home)
 
 
-def open_set(flags: argparse.Namespace, path: Path) -> ImageSet:
-    """A set of stored images, prepared as the flags say."""
+def open_set(flags: argparse.Namespace, path: Path | str) -> ImageSet:
+    """A set of stored images, of a folder or a URL, prepared as the flags say."""
     return open_images(
         path,
         resolution=flags.resolution,
@@ -331,7 +333,12 @@ def parse_flags() -> argparse.Namespace:
         metavar="RUN",
         help="samples of a run of ldgan/train.py or ldgan/train_ddpm.py, of RUN/best, or of a checkpoint in it",
     )
-    subject.add_argument("--images", type=Path, metavar="DIR", help="images: a folder of pictures, or image shards")
+    subject.add_argument(
+        "--images",
+        type=path_or_url,
+        metavar="DATA",
+        help="images: a folder of pictures, or image shards in a folder or behind a URL",
+    )
     parser.add_argument(
         "--metrics", type=metric_names, required=True, metavar="LIST", help="some of those below, such as fid,pr,time"
     )
@@ -362,9 +369,9 @@ def add_real_image_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("real images")
     group.add_argument(
         "--reference",
-        type=Path,
+        type=path_or_url,
         metavar="DATA",
-        help="images to compare with: a folder, image shards, or a file of statistics (.safetensors of"
+        help="images to compare with: a folder, image shards (or their URL), or a file of statistics (.safetensors of"
         " --reference-cache; .npz of pytorch-fid or ADM, for fid in Inception's features alone)",
     )
     group.add_argument(
@@ -378,7 +385,7 @@ def add_real_image_flags(parser: argparse.ArgumentParser) -> None:
         " other images, another network, number or size",
     )
     group.add_argument(
-        "--heldout", type=Path, metavar="DATA", help="real images that were not trained on, for neighbours"
+        "--heldout", type=path_or_url, metavar="DATA", help="real images that were not trained on, for neighbours"
     )
     group.add_argument(
         "--resolution",
@@ -411,7 +418,8 @@ def add_digit_flags(parser: argparse.ArgumentParser) -> None:
         "--digit-classifier",
         type=Path,
         metavar="FILE",
-        help="where the digit classifier is kept (default: in the run, or beside the images)",
+        help="where the digit classifier is kept (default: in the run, or beside the images, or beside"
+        " the results where these have a URL)",
     )
 
 
@@ -426,14 +434,16 @@ def complete_flags(flags: argparse.Namespace) -> None:
     if flags.out is not None and flags.out.exists():
         raise cli.UserError(f"{flags.out}: exists already; choose another --out")
     if flags.images is not None and flags.out is None:  # which must not grow pictures that are no samples
-        raise cli.UserError(f"{flags.images}: results are not kept among images; give --out DIR")
+        raise cli.UserError(f"{public_name(flags.images)}: results are not kept among images; give --out DIR")
     if COMPARING_METRICS & metrics and flags.reference is None:
         wanting = " and ".join(name for name in flags.metrics if name in COMPARING_METRICS)
         raise cli.UserError(f"--metrics {wanting} compares with real images; give --reference DATA")
-    if "neighbours" in metrics and not flags.reference.is_dir():
+    if "neighbours" in metrics and isinstance(flags.reference, Path) and not flags.reference.is_dir():
         raise cli.UserError(f"{flags.reference}: --metrics neighbours shows images; give the images as --reference")
     if "neighbours" not in metrics and flags.heldout is not None:
-        raise cli.UserError(f"{flags.heldout}: held-out images serve --metrics neighbours; add it, or leave them out")
+        raise cli.UserError(
+            f"{public_name(flags.heldout)}: held-out images serve --metrics neighbours; add it, or leave them out"
+        )
     if flags.checkpoint is None and metrics & {"time", "labels", "text"}:
         raise cli.UserError("--metrics time, labels and text are of a model; give --checkpoint RUN instead of --images")
     if "text" in metrics:

@@ -110,17 +110,17 @@ class Reading(NamedTuple):
 
 
 def open_images(
-    path: Path,
+    path: Path | str,
     *,
     resolution: int | None = None,
     resize_filter: str = "lanczos",
     skip_unreadable: bool = False,
     num_workers: int = 0,
 ) -> StoredImages:
-    """Open a folder of pictures or of image shards.
+    """Open a folder of pictures or of image shards, or image shards behind a URL.
 
     Args:
-        path: the folder.
+        path: the folder, or the URL as str.
         resolution: scale the short side of each image to so many pixels and keep the central square; None: leave
             images as they are, which then must have one size.
         resize_filter: one of `data_prep.images.RESIZE_FILTERS`.
@@ -133,12 +133,14 @@ def open_images(
     """
     # Whoever uses this module may have switched it on, and the grey lower half of a cut file is no picture.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    reading = Reading(resolution, resize_filter, skip_unreadable, num_workers)
+    if isinstance(path, str):
+        return ShardImages(path, reading)
     if not path.exists():
         raise UserError(f"{path}: does not exist; give a folder of images or of image shards")
     if not path.is_dir():
         raise UserError(f"{path}: is a file, not a folder of images or of image shards; unpack it if it is an archive")
     _check_finished(path)
-    reading = Reading(resolution, resize_filter, skip_unreadable, num_workers)
     if (path / MANIFEST_NAME).exists() or any(path.glob("shard-*.tar")):
         return ShardImages(path, reading)
     return FolderImages(path, reading)
@@ -169,9 +171,9 @@ class _UnreadableError(UserError):
 class StoredImages(ImageSet):
     """Images that are decoded from files; made by `open_images`."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
-        """Subclasses must be ready to give files."""
-        self.path, self.name, self._reading = path, str(path), reading
+    def __init__(self, location: str, reading: Reading) -> None:
+        """``location`` is for messages and descriptions; subclasses must be ready to give files."""
+        self.name, self._reading = location, reading
         self._noted: dict[str, set[int]] = {note: set() for note in NOTES}  # numbers, as some may be read twice
         self._first = 0  # the image that sets the size
         if reading.resolution is not None:
@@ -217,7 +219,7 @@ class StoredImages(ImageSet):
         """See `ImageSet.describe`; what is common to all files."""
         resolution, resize_filter = self._reading.resolution, self._reading.resize_filter
         return {
-            "path": str(self.path),
+            "path": self.name,
             "num_images": len(self),
             "size": list(self.size),
             "resize": {"resolution": resolution, "filter": resize_filter} if resolution is not None else None,
@@ -229,7 +231,7 @@ class StoredImages(ImageSet):
             image = self._attempt((number, self._file(number)))
             if image is not None:
                 return number, image.pixels.shape[:2]
-        raise UserError(f"{self.path}: none of {len(self):,} images can be read; are these images?")
+        raise UserError(f"{self.name}: none of {len(self):,} images can be read; are these images?")
 
     def _attempt(self, numbered: tuple[int, Path | BinaryIO]) -> _Decoded | None:
         """A decoded image, or None if it cannot be read and may be skipped."""
@@ -282,7 +284,8 @@ class FolderImages(StoredImages):
         numbered = sorted(filter(_NUMBERED_FILE.fullmatch, names))
         self._names = numbered or names
         self._left_out = sorted(set(names).difference(self._names))
-        super().__init__(path, reading)
+        self.path = path
+        super().__init__(str(path), reading)
 
     def __len__(self) -> int:
         """See `ImageSet`."""
@@ -330,11 +333,12 @@ class FolderImages(StoredImages):
 class ShardImages(StoredImages):
     """The images of a shard set, in its order."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
+    def __init__(self, path: Path | str, reading: Reading) -> None:
         self._shards = ShardSet.open(path)
+        folder = str(self._shards.folder)  # a URL without its password
         if self._shards.manifest.kind != "images":
-            raise UserError(f"{path}: holds latents, not images; decode them first with autoencoder/decode.py")
-        super().__init__(path, reading)
+            raise UserError(f"{folder}: holds latents, not images; decode them first with autoencoder/decode.py")
+        super().__init__(folder, reading)
 
     def __len__(self) -> int:
         """See `ImageSet`."""

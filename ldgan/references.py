@@ -93,14 +93,14 @@ class ReferenceFile:
 
 
 def open_reference(
-    path: Path,
-    open_set: Callable[[Path], ImageSet],
+    path: Path | str,
+    open_set: Callable[[Path | str], ImageSet],
     size: tuple[int, int],
     *,
     num_images: int | None = None,
     cache: Path | None = None,
 ) -> ReferenceImages | ReferenceFile:
-    """Open the reference at ``path``, for samples of ``size`` (H, W), before anything is computed.
+    """Open the reference at ``path``, or at a URL as str, for samples of ``size`` (H, W), before anything is computed.
 
     A set of images is opened by ``open_set``, and ``num_images`` of them, by default all, will be measured.
 
@@ -108,7 +108,7 @@ def open_reference(
         UserError: it is not there or damaged, has images of another size or fewer of them, or the cache cannot be
             such a file.
     """
-    if path.suffix in (SUFFIX, NPZ_SUFFIX):
+    if isinstance(path, Path) and path.suffix in (SUFFIX, NPZ_SUFFIX):
         if num_images is not None or cache is not None:
             raise UserError(f"{path}: is a file of statistics as it is; leave out the number of images and the cache")
         reference = load_reference(path)

@@ -105,7 +105,7 @@ def main() -> None:
     parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
     set_seed(config.run.seed)
     source, autoencoder = open_data(config, accelerator)
     check_windows(config.loss.energy_windows, source.shape[-1])
@@ -163,14 +163,14 @@ def main() -> None:
         if accelerator.is_main_process:
             keep_preview_captions(session, prompts)
     monitor = open_monitor(config.evaluation, session, model, accelerator, prompts=prompts)
-    for step in session.steps():
-        set_learning_rates(config, step, players)
-        session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
-        preview(session, step, model, accelerator, prompts=prompts)
-        if monitor is not None:
-            monitor.evaluate(step)
-
-    session.finish({})
+    with session.naming_faults():
+        for step in session.steps():
+            set_learning_rates(config, step, players)
+            session.record(step, trainer.step(step, source, batches, progress=step / config.run.num_steps))
+            preview(session, step, model, accelerator, prompts=prompts)
+            if monitor is not None:
+                monitor.evaluate(step)
+        session.finish({})
     accelerator.print(f"generator in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
 
 

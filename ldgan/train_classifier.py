@@ -63,7 +63,7 @@ def main() -> None:
     parser = training_parser("Train a classifier of noisy samples, for guidance.", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
     set_seed(config.run.seed)
     source, autoencoder = open_data(config, accelerator)
     classifier = build_classifier(config.network, source.shape, source.class_names).to(accelerator.device)
@@ -90,11 +90,11 @@ def main() -> None:
         batch_size=config.run.batch_size,
         seed=config.run.seed,
     )
-    for step in session.steps():
-        set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
-        session.record(step, trainer.step(step, source, batches))
-
-    session.finish({})
+    with session.naming_faults():
+        for step in session.steps():
+            set_learning_rate(optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
+            session.record(step, trainer.step(step, source, batches))
+        session.finish({})
     accelerator.print(f"classifier in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
 
 

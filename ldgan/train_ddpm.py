@@ -90,7 +90,7 @@ def main() -> None:
     parser = training_parser("Train a DDPM, the baseline of stage 2.", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads)
+    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
     set_seed(config.run.seed)
     source, autoencoder = open_data(config, accelerator)
     class_names = source.class_names if config.class_conditional else None
@@ -130,14 +130,14 @@ def main() -> None:
     )
     sampler = SamplerConfig(method="ddim", num_steps=min(config.num_timesteps, MAX_PREVIEW_STEPS))
     monitor = open_monitor(config.evaluation, session, model, accelerator, sampler)
-    for step in session.steps():
-        set_learning_rate(learner.optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
-        session.record(step, trainer.step(step, source, batches))
-        preview(session, step, model, accelerator, sampler)
-        if monitor is not None:
-            monitor.evaluate(step)
-
-    session.finish({})
+    with session.naming_faults():
+        for step in session.steps():
+            set_learning_rate(learner.optimizer, learning_rate(config.optimizer, step, config.run.num_steps))
+            session.record(step, trainer.step(step, source, batches))
+            preview(session, step, model, accelerator, sampler)
+            if monitor is not None:
+                monitor.evaluate(step)
+        session.finish({})
     accelerator.print(f"DDPM in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
 
 

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+
+class Split(NamedTuple):
+    """How the processes of a run share a step's batch, and compute it."""
+
+    num_processes: int
+    num_micro_batches: int
+    precision: str
+
+    def changes_since(self, former: Split) -> str | None:
+        """What a run that goes on in this way should know, None if all is as it was."""
+        if self == former:
+            return None
+        names = ("the number of processes", "the number of micro-batches", "run.precision")
+        changes = ", ".join(
+            f"{name} was {old} and is {new}" for name, old, new in zip(names, former, self, strict=True) if old != new
+        )
+        if self.num_micro_batches == former.num_micro_batches:
+            return f"{changes}: steps see the same samples and, but for dropout, the same noise, rounded differently"
+        could_share = former.num_micro_batches % self.num_processes == 0
+        advice = f" (run.num_micro_batches={former.num_micro_batches} draws the same)" if could_share else ""
+        return f"{changes}: steps see the same samples, but draw other noise{advice}"
 
 
 def micro_batches(accelerator: Accelerator, num_micro_batches: int, *models: nn.Module) -> Iterator[int]:

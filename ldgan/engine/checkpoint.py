@@ -71,6 +71,11 @@ def save_checkpoint(folder: Path, things: Mapping[str, Stateful], description: M
         write_through(temporary / DESCRIPTION_FILE, json.dumps(sealed, indent=2).encode())
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of what a `Stateful` gives away, by name; those of nested states have dotted names."""
+    return _split(state)[0]
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """Return the contents of ``checkpoint.json``, but for the hash over them.
 
@@ -166,7 +171,7 @@ def _read_bytes(folder: Path, name: str, things: Mapping[str, Any]) -> tuple[Pat
     try:
         found = path.stat().st_size  # before it is read: a file may be larger than the memory
         if found != num_bytes:
-            raise DamagedCheckpointError(f"{path}: damaged: {found} bytes, not {num_bytes}")
+            raise DamagedCheckpointError(f"{path}: damaged: {found} bytes, not {str(num_bytes)[:80]}")
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path}: missing from the checkpoint") from error

@@ -24,7 +24,11 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Write a file (text as UTF-8), replacing an older one in a single step."""
     temporary = temporary_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_through(temporary, data.encode() if isinstance(data, str) else data)
+    try:
+        write_through(temporary, data.encode() if isinstance(data, str) else data)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # where the disk is full, its room is needed
+        raise
     os.replace(temporary, path)
 
 
@@ -38,7 +42,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     shutil.rmtree(temporary, ignore_errors=True)  # left behind by a run that was killed
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # where the disk is full, its room is needed
+        raise
     _sync(temporary)
     os.replace(temporary, path)
     _sync(path.parent)

@@ -158,7 +158,7 @@ class Launcher:
     def complete(self, run: Path) -> float:
         """Start the command and wait for its end; the seconds that it took."""
         started = time.monotonic()
-        expect_success(self._start(run), log_of(run))
+        expect_success(self.start(run), log_of(run))
         return time.monotonic() - started
 
     def start_and_kill(self, run: Path, moment: str, chance: random.Random, seconds: float) -> bool:
@@ -167,7 +167,7 @@ class Launcher:
         ``seconds`` is how long a whole run takes.
         """
         saved = max((step for step in SAVES if checkpoint(run, step).exists()), default=0)
-        pids = self._start(run)
+        pids = self.start(run)
         if not wait_for(moment, run, pids, saved, chance, seconds):
             expect_success(pids, log_of(run))
             return False
@@ -177,10 +177,10 @@ class Launcher:
             raise failure(log_of(run), statuses)
         return any(os.WIFSIGNALED(status) for status in statuses)
 
-    def _start(self, run: Path) -> list[int]:
+    def start(self, run: Path, *more_settings: str) -> list[int]:
         """Start the processes, in a group of their own whose number is the first one's."""
         script, main, settings = STAGES[self.stage]
-        words = [script, f"data={self.folder / 'images'}", f"run.dir={run}", *RUN, *settings]
+        words = [script, f"data={self.folder / 'images'}", f"run.dir={run}", *RUN, *settings, *more_settings]
         words += [f"autoencoder={self.folder / 'autoencoder'}"] if "--latent" in settings else []
 
         def command() -> None:

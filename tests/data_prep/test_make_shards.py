@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from PIL import Image
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.make_shards import open_source, parse_args
 from data_prep.preparation import write_shards
+from data_prep.processes import launched_processes
 from data_prep.shards import Manifest, ShardSet
 from data_prep.sources import ImageFolder, Source, StackedMNIST
 from ldgan.engine.cli import UserError
@@ -66,6 +68,30 @@ def test_the_command_writes_the_same_bytes_with_one_and_two_workers(photos, tmp_
     assert one.shards == two.shards
     assert one.details == two.details
     assert (tmp_path / "1" / "rejected.jsonl").read_text() == (tmp_path / "2" / "rejected.jsonl").read_text()
+
+
+def test_torchrun_with_two_processes_writes_the_bytes_of_one(photos, tmp_path):
+    write_shards(ImageFolder(photos), tmp_path / "one", resolution=8, samples_per_shard=15, deduplicate=True)
+    arguments = (photos, "--out", tmp_path / "two", "--resolution", 8, "--samples-per-shard", 15, "--workers", 1)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "data_prep/make_shards.py"]
+    result = subprocess.run(
+        [sys.executable, *map(str, (*command, *arguments)), "--deduplicate"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 120},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"wrote 40 images of 8x8 pixels to {tmp_path / 'two'}: 3 shards") == 1
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert all(path.read_bytes() == (two / path.name).read_bytes() for path in one.glob("[!m]*"))
+    assert dataclasses.replace(Manifest.read(two), seconds=0) == dataclasses.replace(Manifest.read(one), seconds=0)
+
+
+def test_processes_that_do_not_find_each_other_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"do not find each other .*MASTER_ADDR"), launched_processes():
+        pass
 
 
 def test_labels_captions_and_rejects_end_where_they_belong(photos, tmp_path):
@@ -265,7 +291,10 @@ def test_the_command_line_names_archives_shards_and_sets(photos, tmp_path, monke
     write_shards(cats, tmp_path / "cats", resolution=8)
     shards = open_named(tmp_path / "cats", "--part", "train")
     assert type(shards) is WebDatasetShards
+    assert type(open_named(tmp_path / "cats" / "shard-{000000..000000}.tar")) is WebDatasetShards
     assert type(open_named(photos)) is ImageFolder
+    with pytest.raises(UserError, match=r"^https://host/x\.zip: sources are read from files"):
+        open_named("https://user:secret@host/x.zip")
     with pytest.raises(UserError, match="torchvision:CIFAR10 needs its folder"):
         open_named("torchvision:CIFAR10")
     with pytest.raises(UserError, match="cifar-10-batches-py is not the unpacked archive"):

@@ -1,22 +1,24 @@
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import preparation
+from data_prep import preparation, prepared
 from data_prep.preparation import write_shards
-from data_prep.resuming import JOURNAL_NAME
-from data_prep.shards import Manifest
+from data_prep.processes import Processes
+from data_prep.resuming import JOURNAL_NAME, ResumableShardWriter
+from data_prep.shards import Manifest, ShardFile
 from data_prep.sources import ImageFolder, RawSample
 from ldgan.engine.cli import UserError
 
@@ -57,11 +59,10 @@ class Stopping(ImageFolder):
         super().__init__(root)
         self._stop = stop
 
-    def __iter__(self) -> Iterator[RawSample]:
-        for number, sample in enumerate(super().__iter__()):
-            if number == self._stop:
-                raise KeyboardInterrupt
-            yield sample
+    def __getitem__(self, position: int) -> RawSample:
+        if position == self._stop:
+            raise KeyboardInterrupt
+        return super().__getitem__(position)
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -171,10 +172,120 @@ def test_a_damaged_journal_is_named(photos, tmp_path):
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
     class Second(ImageFolder):
-        def __iter__(self) -> Iterator[RawSample]:
+        def __getitem__(self, position: int) -> RawSample:
             with pytest.raises(UserError, match="another process is writing"):
                 write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
-            yield from super().__iter__()
+            return super().__getitem__(position)
 
     write_shards(Second(photos), tmp_path / "set", **HOW)
     assert Manifest.read(tmp_path / "set").num_samples > 30
+
+
+# --- Several processes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    monkeypatch.setattr(prepared, "BLOCK_SAMPLES", 7)  # neither divides shards nor is divided by them
+
+
+def launch(photos: Path, out: Path, num_processes: int, **faults: object) -> list[int]:
+    """Write a set by several processes; as a launcher does, end all when one has ended badly. The exit statuses."""
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(num_processes)
+    processes = [
+        context.Process(target=_take_part, args=(photos, out, Processes(index, num_processes, barrier.wait), faults))
+        for index in range(num_processes)
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.005)
+    return [process.exitcode for process in processes]
+
+
+def _take_part(photos: Path, out: Path, processes: Processes, faults: dict[str, object]) -> None:
+    """Write a set; the process ``dies`` when it has called the function of that name ``after`` times."""
+    calls = itertools.count()
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            if next(calls) == faults["after"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    if faults and processes.index == faults["process"]:
+        owner, name = faults["dies"]
+        setattr(owner, name, counted(getattr(owner, name)))
+    write_shards(ImageFolder(photos), out, processes=processes, **HOW)
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.usefixtures("small_blocks")
+def test_several_processes_write_the_bytes_of_one(photos, undisturbed, tmp_path, num_processes):
+    assert launch(photos, tmp_path / "set", num_processes) == [0] * num_processes
+    assert contents(tmp_path / "set") == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+# What a process may be at when it is killed: preparing blocks, packing shards, noting a finished one, the end.
+MOMENTS = {
+    "preparing": ((preparation, "_prepare_one"), 10),
+    "between blocks": ((prepared.PreparedBlocks, "write"), 1),
+    "packing": ((ShardFile, "write"), 8),
+    "noting": ((ResumableShardWriter, "_write_line"), 2),
+    "completing": ((Manifest, "write"), 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("moment", "process", "next_number"),
+    [
+        *(("preparing", 0, 1), ("preparing", 1, 3), ("between blocks", 1, 2), ("packing", 0, 3), ("packing", 1, 1)),
+        *(("noting", 0, 1), ("noting", 1, 3), ("completing", 0, 3)),
+    ],
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_any_number(
+    photos, undisturbed, tmp_path, moment, process, next_number
+):
+    dies, after = MOMENTS[moment]
+    statuses = launch(photos, tmp_path / "set", 2, dies=dies, after=after, process=process)
+    assert statuses[process] == -signal.SIGKILL
+    assert not (tmp_path / "set").exists()
+    assert launch(photos, tmp_path / "set", next_number) == [0] * next_number
+    assert contents(tmp_path / "set") == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_one_process_began_several_go_on_with(photos, undisturbed, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+    assert launch(photos, tmp_path / "set", 2) == [0, 0]
+    assert contents(tmp_path / "set") == contents(undisturbed)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_of_a_source_that_changed_are_noticed(photos, tmp_path):
+    dies, after = MOMENTS["packing"]
+    launch(photos, tmp_path / "set", 2, dies=dies, after=after, process=0)
+    with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
+        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+    for pattern, content in (("*.bin", ""), ("*.json", "[{}]")):
+        for path in (tmp_path / ".set.partial" / "scratch").glob(pattern):
+            path.write_text(content)
+        with pytest.raises(
+            UserError, match=rf"scratch/00000[0-9]{pattern[1:]} is missing or damaged .* to prepare anew"
+        ):
+            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+
+
+def test_processes_that_do_not_share_the_folder_are_told(photos, tmp_path):
+    with pytest.raises(UserError, match="choose an --out that all machines share"):
+        write_shards(ImageFolder(photos), tmp_path / "set", processes=Processes(0, 2, lambda: None), **HOW)

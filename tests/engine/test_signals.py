@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 
 import pytest
 
-from ldgan.engine.signals import exit_status, noting_signals
+from ldgan.engine.signals import exit_status, ignore_notices, noting_signals
 
 BOTH = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -73,3 +76,28 @@ def test_outside_the_main_thread_nothing_is_noted_and_nothing_fails() -> None:
     thread.start()
     thread.join()
     assert found == [None, before]
+
+
+def read_until_told(connection: Connection) -> None:
+    """A worker that is sent notices by others than its parent, and tells that it is still there."""
+    ignore_notices()
+    for number in BOTH:
+        os.kill(os.getpid(), number)
+    connection.send(os.getpgid(0))
+    connection.recv()
+
+
+def test_a_worker_outlives_notices_and_ends_when_its_parent_says_so() -> None:
+    ours, its = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=read_until_told, args=(its,), daemon=True)
+    worker.start()
+    assert ours.poll(60)
+    assert ours.recv() == worker.pid  # a process group of its own
+    worker.join(0.2)
+    assert worker.is_alive()
+    for _ in range(100):  # one SIGTERM swallows another that has not arrived yet
+        worker.terminate()
+        worker.join(0.2)
+        if not worker.is_alive():
+            break
+    assert worker.exitcode == 0

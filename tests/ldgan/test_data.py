@@ -9,8 +9,9 @@ import torch
 
 from autoencoder.latents import describe_latents, pack_moments
 from autoencoder.networks import AutoencoderKL
+from autoencoder.train import TrainConfig
 from data_prep.shards import ShardWriter
-from ldgan.data import EncodedImages, Pixels, StoredLatents, open_source
+from ldgan.data import DataConfig, EncodedImages, Pixels, StoredLatents, open_source
 from ldgan.engine.cli import UserError
 
 
@@ -67,3 +68,13 @@ def test_latent_shards_refuse_no_autoencoder_and_another_one(latent_shards: str,
         open_source(latent_shards, None)
     with pytest.raises(UserError, match="latents of another autoencoder"):
         open_source(latent_shards, tiny_autoencoder(seed=1))
+
+
+@pytest.mark.parametrize("url", ["https://user:pw@host/set", "https://host/set?token=pw", "s3://pw@bucket/set"])
+def test_a_url_with_secrets_is_refused_where_it_would_be_saved(url: str) -> None:
+    for config in (DataConfig(data=url), TrainConfig(data=url)):
+        with pytest.raises(UserError, match=r"^data=(https|s3)://\w+/set was given with") as error:
+            config.validate()
+        assert "pw" not in str(error.value)
+    for public in ("https://host/set", "s3://bucket/set/", "data/a?b"):
+        DataConfig(data=public).validate()

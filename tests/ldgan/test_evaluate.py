@@ -322,7 +322,9 @@ def test_a_classifier_score_needs_no_real_images(command: Command, folder: Path,
     assert "reference" not in result
 
 
-def test_shards_are_measured_as_the_folder_they_were_made_of(command: Command, folder: Path, tmp_path: Path) -> None:
+def test_shards_and_their_urls_are_measured_as_the_folder_they_were_made_of(
+    command: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("samples", "real"):
         write_shards(ImageFolder(folder / name), tmp_path / name, resolution=8, samples_per_shard=4)
     flags = ("--metrics", "fid,neighbours", *features(folder))
@@ -332,6 +334,11 @@ def test_shards_are_measured_as_the_folder_they_were_made_of(command: Command, f
     picture = load_png(tmp_path / "shards" / "nearest_pairs.png")[:, :96:12]
     nearest = picture[:, :, 96 + GAP :][:, :, :96:12]
     assert any(torch.equal(nearest, image) for image in pixels(folder / "real", [13, 4]))
+    monkeypatch.setenv("LDGAN_CACHE", str(tmp_path / "cache"))
+    urls = (f"file://{tmp_path}/{name}" for name in ("samples", "real"))
+    fetched = command("--images", next(urls), "--reference", next(urls), *flags, out="fetched")
+    assert values(fetched) == values(shards)
+    assert fetched["images"]["path"] == f"file://{tmp_path}/samples"
 
 
 def test_the_time_alone_is_of_no_number_of_images(command: Command, run: Path) -> None:

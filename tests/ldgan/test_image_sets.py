@@ -157,6 +157,17 @@ def test_shards_give_the_pixels_of_the_folder_they_were_made_of(tmp_path: Path) 
     }
 
 
+def test_shards_behind_a_url_are_the_same_set(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LDGAN_CACHE", str(tmp_path / "cache"))
+    for number, image in enumerate(noise(9, (8, 8))):
+        save(tmp_path / "folder" / f"{number}.png", image)
+    write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", resolution=8, samples_per_shard=4)
+    local, remote = open_images(tmp_path / "shards"), open_images(f"file://{tmp_path}/shards")
+    assert torch.equal(all_of(remote), all_of(local))
+    assert remote.fingerprint() == local.fingerprint()
+    assert remote.describe() == local.describe() | {"path": f"file://{tmp_path}/shards"}
+
+
 def test_one_size_or_a_resolution(tmp_path: Path) -> None:
     square, wide = noise(1, (8, 8))[0], noise(1, (12, 30), seed=1)[0]
     save(tmp_path / "a.png", square)
