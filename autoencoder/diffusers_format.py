@@ -21,6 +21,7 @@ from autoencoder.networks import AutoencoderConfig, AutoencoderKL
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict
 from ldgan.engine.files import new_folder, write_through
+from ldgan.engine.rebuilding import meta_device
 from ldgan.engine.weights import check_fit, load_weights
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -75,11 +76,14 @@ def load_diffusers(folder: Path) -> AutoencoderKL:
             that ours cannot have.
     """
     settings = _read_settings(folder / CONFIG_FILE)
-    autoencoder = AutoencoderKL(**vars(_to_config(settings, folder / CONFIG_FILE)))
-    autoencoder.set_latent_statistics(*_latent_statistics(settings, folder / CONFIG_FILE))
+    config = _to_config(settings, folder / CONFIG_FILE)
     found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(folder).items()}
+    with meta_device(folder / CONFIG_FILE, len(found)):
+        expected = _to_diffusers(AutoencoderKL(**vars(config)))
     why = f"it does not belong to its {CONFIG_FILE}"
-    check_fit(folder / WEIGHTS_FILE, found, _to_diffusers(autoencoder), by=f"by its {CONFIG_FILE}", why=why)
+    check_fit(folder / WEIGHTS_FILE, found, expected, by=f"by its {CONFIG_FILE}", why=why)
+    autoencoder = AutoencoderKL(**vars(config))
+    autoencoder.set_latent_statistics(*_latent_statistics(settings, folder / CONFIG_FILE))
     state = autoencoder.state_dict()
     for ours, theirs in _tensor_names(autoencoder):
         state[ours].copy_(torch.cat([found[name] for name in theirs]).view_as(state[ours]))
@@ -110,11 +114,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give a folder that diffusers' save_pretrained wrote") from error
-    except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bytes that are not UTF-8, or brackets without end
         raise UserError(f"{path}: damaged ({error}); get the file again") from error
     found = document.get("_class_name") if isinstance(document, dict) else None
     if found != CLASS_NAME:
-        raise UserError(f"{path}: describes a model of class {found!r}; only {CLASS_NAME!r} can be loaded")
+        raise UserError(f"{path}: describes a model of class {found!r:.80}; only {CLASS_NAME!r} can be loaded")
     return {key: document.get(key, default) for key, default in DEFAULTS.items()}
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from autoencoder.loading import fingerprint, load_autoencoder
 from autoencoder.networks import AutoencoderKL
-from ldgan.engine.checkpoint import load_thing, read_description
+from ldgan.engine.checkpoint import read_description
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import from_dict, option
+from ldgan.engine.config import option
+from ldgan.engine.rebuilding import field, load_network, read_numbers
 from ldgan.engine.run import resolve_checkpoint, run_of
 
 KIND = "light decoder"
@@ -160,15 +161,14 @@ def read_light_decoder(path: Path, autoencoder: AutoencoderKL, device: torch.dev
     description = read_description(folder)
     if description.get("kind") != KIND:
         raise UserError(f"{path}: holds {description.get('kind')!r}, not a {KIND}; give one of autoencoder/distill.py")
-    made_for, given = description["autoencoder"], fingerprint(autoencoder)
+    made_for, given = field(folder, description, "autoencoder", str), fingerprint(autoencoder)
     if made_for != given:
         raise UserError(
             f"{path}: light decoder of another autoencoder (fingerprint {made_for[:12]}, given {given[:12]});"
             f" give the autoencoder it was trained for, or {_how_to_train(Path('RUN'))}"
         )
-    config = from_dict(LightDecoderConfig, description["config"]["network"], str(folder))
-    light = build_light_decoder(config, autoencoder)
-    load_thing(folder, WEIGHTS, light)
+    config = read_numbers(LightDecoderConfig, folder, field(folder, description, "config", dict), "network")
+    light = load_network(folder, WEIGHTS, lambda: build_light_decoder(config, autoencoder))
     # A tenth to a third faster in this memory format on a CPU.
     return light.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 

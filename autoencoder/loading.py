@@ -11,9 +11,10 @@ from torch import nn
 
 from autoencoder.diffusers_format import is_diffusers_folder
 from autoencoder.networks import AutoencoderConfig, AutoencoderKL
-from ldgan.engine.checkpoint import load_thing, read_description, save_checkpoint
+from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import from_dict, to_dict
+from ldgan.engine.config import to_dict
+from ldgan.engine.rebuilding import field, load_network, read_numbers
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.weights import sha256_of
 
@@ -61,10 +62,9 @@ def _load_checkpoint(path: Path) -> AutoencoderKL:
         raise UserError(f"{path}: holds a {description.get('kind')}, not an {KIND}; give a run of autoencoder/train.py")
     if "latent_statistics" not in description:
         raise UserError(f"{path}: its training has not ended; run the same autoencoder/train.py command to the end")
-    config = from_dict(AutoencoderConfig, description["config"]["network"], str(folder))
-    autoencoder = build_autoencoder(replace(config, attention_kernel="sdpa"))
-    load_thing(folder, WEIGHTS, autoencoder)
-    return autoencoder
+    numbers = read_numbers(AutoencoderConfig, folder, field(folder, description, "config", dict), "network")
+    config = replace(numbers, attention_kernel="sdpa")
+    return load_network(folder, WEIGHTS, lambda: build_autoencoder(config))
 
 
 def _describe(autoencoder: AutoencoderKL) -> dict[str, Any]:

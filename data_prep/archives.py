@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -29,7 +31,11 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.progress import progress_bar
 
 MAX_OPEN_ARCHIVES = 4
+MAX_SHARDS = 1_000_000  # that a pattern may stand for
 MAX_NAMED = 5  # of many damaged files, so many are named
+
+_BRACES = re.compile(r"(\{[^{}]*\})")
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 
 
 class ZipMember(NamedTuple):
@@ -144,7 +150,9 @@ def _inside(members: dict[str, Content], folder: str) -> dict[str, Content]:
 
 
 class WebDatasetShards(ListedSource):
-    """The samples of all tar files in folder ``root``, such as img2dataset writes.
+    """The samples of tar files such as img2dataset writes: all in a folder, or those of a brace pattern.
+
+    ``path`` is the folder, or a pattern such as ``shards/{00000..00099}.tar``, of which every file has to be there.
 
     The members ``key.jpg``, ``key.cls``, ``key.txt`` and ``key.json`` of a tar are one sample; its key ends at the
     first dot. Its image is the member with an image's suffix; its label the whole number in ``.cls``; its caption the
@@ -153,24 +161,25 @@ class WebDatasetShards(ListedSource):
 
     The headers of all tars are read first, and a sample takes about half a kilobyte of memory.
 
-    Raises `UserError` as `ListedSource` does, and where there is no image, or tars are damaged.
+    Raises `UserError` as `ListedSource` does, and where there is no image, or tars are missing or damaged.
     """
 
-    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
+    def __init__(self, path: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
         self._samples: list[RawSample] = []
         num_without_image = 0
-        for name, members in _scan_shards(root, sorted(root.glob("*.tar"))):
+        shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(path)
+        for name, members in _scan_shards(path, shards):
             image = next((file for extension, file in members.items() if f".{extension}" in IMAGE_SUFFIXES), None)
             if image is None:
                 num_without_image += 1
             else:
                 self._samples.append(RawSample(name, image, members.get("cls"), _caption(members)))
         if not self._samples:
-            raise UserError(f"{root}: its tar files hold no images; known suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}")
-        self.class_names = _class_names(root)
+            raise UserError(f"{path}: its tar files hold no images; known suffixes: {' '.join(sorted(IMAGE_SUFFIXES))}")
+        self.class_names = _class_names(path) if path.is_dir() else None
         self.description = {
             "type": "webdataset_shards",
-            "path": str(root),
+            "path": str(path),
             "num_without_image": num_without_image,
         }
         super().__init__(len(self._samples), seed, num_images, split)
@@ -183,13 +192,43 @@ class WebDatasetShards(ListedSource):
 _SampleMembers = dict[str, FilePart]  # extension -> content
 
 
+def _expand(pattern: Path) -> list[Path]:
+    """The files of a brace pattern, in its order."""
+    paths = [""]
+    for part in _BRACES.split(str(pattern)):
+        choices = _choices(pattern, part)
+        if len(paths) * len(choices) > MAX_SHARDS:
+            raise UserError(f"{pattern} stands for more than {MAX_SHARDS:,} files; give fewer at a time")
+        paths = [path + choice for path in paths for choice in choices]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise UserError(
+            f"{pattern}: {len(missing):,} of its {len(paths):,} files are missing, the first is {missing[0]}"
+        )
+    return list(map(Path, paths))
+
+
+def _choices(pattern: Path, part: str) -> list[str]:
+    """What a part of a pattern stands for: 08, 09, 10 for ``{08..10}``; a, b for ``{a,b}``; itself without braces."""
+    if bounds := _RANGE.fullmatch(part):
+        first, last = map(int, bounds.groups())
+        numbers = range(first, min(last, first + MAX_SHARDS) + 1)  # one too many at most
+        return [f"{number:0{len(bounds[1])}d}" for number in numbers]
+    if part.startswith("{") and "," in part:
+        return part[1:-1].split(",")
+    if "{" in part or "}" in part:
+        raise UserError(f"{pattern}: {part} is neither a range nor a list; write {{00000..00099}} or {{a,b}}")
+    return [part]
+
+
 def _scan_shards(root: Path, shards: list[Path]) -> Iterator[tuple[str, _SampleMembers]]:
     """Yield every sample of all shards, or raise a `UserError` that says which are damaged."""
     damaged: list[str] = []
+    common = os.path.commonpath([shard.parent for shard in shards]) if shards else ""
     with progress_bar("reading headers", len(shards), "shards") as progress:
         for shard in shards:
             try:
-                samples = _scan_shard(shard)
+                samples = _scan_shard(shard, shard.relative_to(common).as_posix())
             except Exception as error:  # tarfile raises nearly anything on damaged headers
                 damaged.append(f"{shard.name}: {error}")
             else:
@@ -202,14 +241,15 @@ def _scan_shards(root: Path, shards: list[Path]) -> Iterator[tuple[str, _SampleM
         )
 
 
-def _scan_shard(path: Path) -> dict[str, _SampleMembers]:
+def _scan_shard(path: Path, shard: str) -> dict[str, _SampleMembers]:
+    """The samples of a tar, by names that begin with that of the ``shard``."""
     samples: dict[str, _SampleMembers] = {}
     with path.open("rb") as file:
         for member in tar_members(file):
             folder, _, file_name = member.name.rpartition("/")
             key, _, extension = file_name.partition(".")
             if key and is_plain_file(member):
-                name = "/".join(part for part in (path.name, folder, key) if part)
+                name = "/".join(part for part in (shard, folder, key) if part)
                 samples.setdefault(name, {})[extension.lower()] = FilePart(path, member.offset_data, member.size)
     return samples
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.images import IMAGE_FORMATS, image_member
-from data_prep.shards import ShardSet
+from data_prep.shards import ShardSet, load_array
 from ldgan.engine.cli import UserError
 from ldgan.engine.session import RunConfig
 from ldgan.engine.shares import batches, share
+from ldgan.engine.signals import ignore_notices
 
 # What a random generator is for: the last word of its seed, so that no two uses share a stream.
 _SHARD_ORDER, _SAMPLE_ORDER, _FLIPS = range(3)
@@ -194,7 +194,7 @@ class ImageDataset(Dataset[dict[str, Tensor | int]]):
     def __getitem__(self, ref: SampleRef) -> dict[str, Tensor | int]:
         sample = self.shards.read(ref.index)
         try:
-            pixels = _decode_image(sample)
+            pixels = _decode_image(sample, self.shards.manifest.details.get("resolution"))
             label = _label(sample)
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise _undecodable(self.shards, ref.index, error) from error
@@ -230,7 +230,7 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
     def __getitem__(self, ref: SampleRef) -> dict[str, Tensor | int]:
         sample = self.shards.read(ref.index)
         try:
-            moments = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+            moments = _decode_moments(sample, self.shards.manifest.details)
             label = _label(sample)
             text = _text(sample, *self._text_shape) if self._text_shape is not None else {}
         except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -243,11 +243,33 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
         return {"mean": mean, "std": std, "label": label, **text}
 
 
-def _decode_image(sample: dict[str, bytes]) -> np.ndarray:
-    """Return the sample's image as uint8 (H, W, 3)."""
+def _decode_image(sample: dict[str, bytes], side: int | None) -> np.ndarray:
+    """Return the sample's image as uint8 (H, W, 3); ValueError unless both sides have ``side`` pixels, where given."""
     extension, content = image_member(sample)
     image = Image.open(io.BytesIO(content), formats=[IMAGE_FORMATS[extension]])
+    # Before it is decoded: a file of a few kilobytes can hold more pixels than there is memory for.
+    if side is not None and image.size != (side, side):
+        raise ValueError(f"{image.width} x {image.height} pixels, not {side} x {side} as in the manifest")
     return np.asarray(image.convert("RGB"))
+
+
+def _decode_moments(sample: dict[str, bytes], details: Mapping[str, Any]) -> np.ndarray:
+    """Return the sample's moments; ValueError unless they are what the manifest's ``details`` say."""
+    moments = load_array(sample["npy"])
+    if moments.ndim not in (3, 4) or moments.dtype.kind != "f" or moments.shape[-3] % 2:
+        raise ValueError(f"no moments: an array of {moments.dtype} of shape {moments.shape}")
+    if moments.ndim == 4 and len(moments) != 2:
+        raise ValueError(f"moments of {len(moments)} images instead of one and its mirror image")
+    if moments.ndim == 3 and details.get("flips"):
+        raise ValueError("no moments of the mirror image, which the manifest promises")
+    if (latent_shape := details.get("latent_shape")) is not None and moments.shape[-3:] != (
+        2 * latent_shape[0],
+        *latent_shape[1:],
+    ):
+        raise ValueError(f"moments of shape {moments.shape}, not of latents {tuple(latent_shape)} as in the manifest")
+    if not np.isfinite(moments).all():
+        raise ValueError("moments that are not all finite")
+    return moments
 
 
 def _label(sample: dict[str, bytes]) -> int:
@@ -338,15 +360,6 @@ def sequential_batches(
     return read_batches(dataset, order, num_workers)
 
 
-def _keep_from_notices(_: int) -> None:
-    """Let a worker outlive a scheduler's notice to the training, which may come to the whole process group.
-
-    SIGTERM itself must go on ending it: that is how Python ends workers when the training is done.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
 def read_batches(
     dataset: ImageDataset | LatentDataset, order: Iterator[list[SampleRef]] | TrainingOrder, num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
@@ -356,7 +369,7 @@ def read_batches(
         batch_sampler=order,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_keep_from_notices if os.name == "posix" else None,
+        worker_init_fn=ignore_notices if os.name == "posix" else None,
         # The global generator would lose a number each time loading starts, and a resumed run differ.
         generator=torch.Generator(),
     )

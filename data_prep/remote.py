@@ -59,7 +59,10 @@ def is_url(path: Path | str) -> bool:
     if isinstance(path, Path):
         return False
     if path.startswith("pipe:"):
-        raise UserError("pipe: runs a command, which no path to data may do; give a folder or a URL of one")
+        raise UserError(
+            "pipe: would run a command, and data never does; give a folder or the URL of one: http(s)://, s3://, gs://"
+            " and whatever else fsspec reads, with credentials from the environment"
+        )
     if "::" in path and "://" in path:
         raise UserError("chains of URLs (::) are not read; give the URL of a folder of shards")
     return _SCHEME.match(path) is not None

@@ -15,18 +15,22 @@ import bisect
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import tarfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
 
 from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
@@ -35,10 +39,14 @@ FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
 EXTENSIONS = ("png", "jpg", "webp", "cls", "txt", "npy", "text.npy")
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 27  # of one that is fetched; a shard takes some 200 bytes
+MAX_MANIFEST_BYTES = 1 << 27  # a shard takes some 200 bytes
+MAX_SAMPLES = 10**9  # as many as names of nine digits can tell apart
+# Of a member's long name or attributes. Python 3.11 takes time and memory by the square of this (CVE-2024-6232).
+MAX_HEADER_BYTES = 1 << 14
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEMBER_NAME = re.compile(rf"([0-9]{{9}})\.({'|'.join(map(re.escape, EXTENSIONS))})")
 
 
@@ -59,6 +67,24 @@ class ShardInfo:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
             return cls(path.name, num_samples, file.tell(), digest.hexdigest())
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be true of a shard."""
+        # Names become paths: nothing that could lead out of the folder may pass.
+        if not _SHARD_NAME.fullmatch(self.name):
+            raise ValueError(f"{self.name!r} is no shard's name")
+        if not _SHA256.fullmatch(self.sha256):
+            raise ValueError(f"{self.sha256[:80]!r} is no SHA-256")
+        # A sample takes at least the header of its member. The order of samples takes memory for their number.
+        if self.num_samples * tarfile.BLOCKSIZE > self.num_bytes:
+            raise ValueError(f"{self.num_samples:,} samples in {self.num_bytes:,} bytes of {self.name}")
+
+
+class _Details(dict[str, Any]):
+    """The details of a manifest that was read: one that is asked for and missing is a `UserError`."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise UserError(f'these shards have no "{key}" among the details in their {MANIFEST_NAME}; write them again')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +123,16 @@ class Manifest:
         try:
             if isinstance(folder, RemoteFolder):
                 return folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES, cls._parse)
-            return cls._parse((folder / MANIFEST_NAME).read_bytes())
+            return cls._parse(_read_at_most(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES))
         except FileNotFoundError:
             raise UserError(
                 f"no {path}: not a folder of finished shards; write one with data_prep/make_shards.py"
             ) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} is not a valid manifest ({error}); restore it or write the shards again"
+                f"{path} is not a valid manifest ({str(error)[:500]}); restore it or write the shards again"
             ) from error
 
     @classmethod
@@ -117,7 +143,7 @@ class Manifest:
         shards = tuple(ShardInfo(**shard) for shard in fields.pop("shards"))
         manifest = cls(shards=shards, **fields)
         manifest._check()
-        return manifest
+        return dataclasses.replace(manifest, details=_Details(manifest.details))
 
     def _check(self) -> None:
         """Raise ValueError (or TypeError) where fields have other types, or contradict each other."""
@@ -128,16 +154,17 @@ class Manifest:
             raise ValueError("a shard without samples")
         if self.num_samples != sum(shard.num_samples for shard in self.shards):
             raise ValueError('"num_samples" is not the sum over the shards')
+        if self.num_samples > MAX_SAMPLES:
+            raise ValueError(f"{self.num_samples:,} samples; at most {MAX_SAMPLES:,} are read")
         for shard in self.shards:
-            # Names become paths: nothing that could lead out of the folder may pass.
-            if not _SHARD_NAME.fullmatch(shard.name):
-                raise ValueError(f"{shard.name!r} is no shard's name")
+            shard.check()
+        self._check_details()
 
     def _check_types(self) -> None:
         numbers = [self.num_samples, *(number for s in self.shards for number in (s.num_samples, s.num_bytes))]
         right = {
-            "num_samples or num_bytes": all(isinstance(number, int) for number in numbers),
-            "sha256": all(isinstance(shard.sha256, str) for shard in self.shards),
+            "num_samples or num_bytes": all(type(number) is int for number in numbers),
+            "name or sha256": all(isinstance(text, str) for s in self.shards for text in (s.name, s.sha256)),
             "class_names": self.class_names is None
             or (isinstance(self.class_names, list) and all(isinstance(name, str) for name in self.class_names)),
             "has_captions": isinstance(self.has_captions, bool),
@@ -147,6 +174,31 @@ class Manifest:
         for key, is_right in right.items():
             if not is_right:
                 raise TypeError(f'"{key}" has the wrong type')
+
+    def _check_details(self) -> None:
+        """The same for those details that commands read; whoever wrote the rest reads it."""
+        right: dict[str, Callable[[Any], bool]] = {
+            "resolution": _is_positive,
+            "latent_shape": lambda shape: isinstance(shape, list) and len(shape) == 3 and all(map(_is_positive, shape)),
+            "flips": lambda flips: isinstance(flips, bool),
+            "autoencoder": lambda fingerprint: isinstance(fingerprint, str),
+        }
+        for key, is_right in right.items():
+            if key in self.details and not is_right(self.details[key]):
+                raise ValueError(f'"{key}" of the details cannot be {str(self.details[key])[:100]!r}')
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _read_at_most(path: Path, max_bytes: int) -> bytes:
+    """A file's bytes; ValueError if there are more."""
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"more than {max_bytes:,} bytes")
+    return content
 
 
 class ShardWriter:
@@ -424,7 +476,7 @@ def _scan(file: BinaryIO) -> dict[int, _Extents]:
     for member in tar_members(file):
         name = member_name(member)
         if name is None:
-            raise tarfile.ReadError(f"unexpected member {member.name!r}")
+            raise tarfile.ReadError(f"unexpected member {member.name[:100]!r}")
         samples.setdefault(name.number, {})[name.extension] = (member.offset_data, member.size)
     return samples
 
@@ -433,15 +485,45 @@ def tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Yield the members of an uncompressed tar, in memory that does not grow with it; reads headers only.
 
     Raises what tarfile raises for a damaged tar, which is nearly anything, and ReadError for a damaged header in the
-    middle too, where tarfile itself believes that the end has come.
+    middle too, where tarfile itself believes that the end has come, and for a file that ends before its members do.
     """
-    with tarfile.open(fileobj=file, mode="r:") as tar:
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
         for member in tar:
+            if is_plain_file(member) and not 0 <= member.size <= num_bytes - member.offset_data:
+                raise tarfile.ReadError(f"ends within member {member.name[:100]!r}")
             yield member
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"damaged header at byte {tar.offset:,}")
+
+
+class _Headers(io.RawIOBase):
+    """A tar as tarfile may read it: headers of bounded length, one after the other.
+
+    A header says itself how long it is, and a negative length leads tarfile round in a circle (CVE-2025-8194).
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        """At most ``size`` bytes."""
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go on to ``offset``."""
+        if offset < self._file.tell():
+            raise tarfile.ReadError(f"a header that leads back to byte {offset:,}")
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self._file.tell()
 
 
 def is_plain_file(member: tarfile.TarInfo) -> bool:
@@ -460,6 +542,20 @@ def member_name(member: tarfile.TarInfo) -> MemberName | None:
     """The parts of a member's name, or None if a shard of ours has no such member."""
     name = _MEMBER_NAME.fullmatch(member.name)
     return MemberName(int(name[1]), name[2]) if name is not None and is_plain_file(member) else None
+
+
+def load_array(content: bytes) -> np.ndarray:
+    """The array of a ``.npy`` member, never a pickle; ValueError where it is damaged.
+
+    Its header may promise any shape, for which `numpy.load` would take the memory before it reads on.
+    """
+    file = io.BytesIO(content)
+    if (version := np.lib.format.read_magic(file)) != (1, 0):
+        raise ValueError(f"an npy file of version {version}; numpy.save writes (1, 0) for plain arrays")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"{len(content) - file.tell():,} bytes for an array of {dtype} of shape {shape}")
+    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _damaged(shard: Path | str, reason: object) -> UserError:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from autoencoder.blocks import num_groups
 from ldgan.blocks import BlockBuilder, Condition, TimeEmbedding, initialise, level_sides
-from ldgan.diffusion import Diffusion, build_diffusion
-from ldgan.engine.checkpoint import load_thing, read_description
+from ldgan.descriptions import DataDescription, ProcessDescription
+from ldgan.diffusion import Diffusion
+from ldgan.engine.checkpoint import read_description
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import from_dict, option
+from ldgan.engine.config import option
+from ldgan.engine.rebuilding import field, load_network, read_numbers
 from ldgan.engine.run import resolve_checkpoint
 
 KIND = "classifier of noisy samples"
@@ -125,24 +127,20 @@ def load_classifier(
         raise UserError(
             f"{path}: holds a {description.get('kind')}, no {KIND}; give a run of ldgan/train_classifier.py"
         )
-    config = description["config"]
-    process = {name: config[name] for name in ("schedule", "num_timesteps", "beta_max")}
-    if not same_process(build_diffusion(*process.values()), diffusion):
-        settings = " ".join(f"{name}={value}" for name, value in process.items())
+    config = field(folder, description, "config", dict)
+    data, process = DataDescription.of(folder, description), ProcessDescription.of(config, str(folder))
+    if not same_process(process.diffusion(), diffusion):
+        settings = f"schedule={process.schedule} num_timesteps={process.num_timesteps} beta_max={process.beta_max}"
         raise UserError(
             f"{path}: was trained with {settings}, the model with other noise levels; train one with its own"
         )
     for key, what in (("data_shape", "samples of another shape"), ("autoencoder", "latents of another autoencoder")):
-        if description[key] != guided.get(key):
+        if description.get(key) != guided.get(key):
             raise UserError(f"{path}: was trained on {what} than the model's; train one on the model's data")
-    if guided.get("class_names") not in (None, description["class_names"]):
+    if guided.get("class_names") not in (None, data.class_names):
         raise UserError(f"{path}: was trained on other classes than the model's; train one on the model's data")
-    classifier = build_classifier(
-        from_dict(ClassifierConfig, config["network"], str(folder)),
-        description["data_shape"],
-        description["class_names"],
-    )
-    load_thing(folder, WEIGHTS, classifier)
+    numbers = read_numbers(ClassifierConfig, folder, config, "network")
+    classifier = load_network(folder, WEIGHTS, lambda: build_classifier(numbers, data.shape, data.class_names or []))
     return classifier.to(device).eval().requires_grad_(False)
 
 

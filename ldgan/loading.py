@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,12 @@ from autoencoder.networks import AutoencoderKL
 from autoencoder.text import Text, TextEncoder, open_text_encoder
 from ldgan.classifier import Classifier, load_classifier
 from ldgan.conditions import Conditions, no_text
-from ldgan.diffusion import BETA_MAX, Denoised, Diffusion, Predicts, Variance, build_diffusion
-from ldgan.engine.checkpoint import load_thing, read_description
+from ldgan.descriptions import DataDescription, ProcessDescription, TextDescription
+from ldgan.diffusion import Denoised, Diffusion, Predicts, Variance
+from ldgan.engine.checkpoint import read_description
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import from_dict
 from ldgan.engine.images import to_uint8
+from ldgan.engine.rebuilding import field, load_network, read_numbers
 from ldgan.engine.run import resolve_checkpoint, run_of
 from ldgan.engine.seeding import generator, noise_from_seeds
 from ldgan.guidance import classifier_free, classifier_gradient
@@ -34,7 +35,6 @@ GAN, DDPM = "diffusion GAN", "DDPM"  # kinds of runs
 WEIGHTS = {GAN: "generator_ema", DDPM: "network_ema"}
 NETWORK = {GAN: "generator", DDPM: "network"}
 AUTOENCODER_FOLDER = "autoencoder"  # a run on latents holds a copy of the autoencoder they belong to
-
 TEXT_ENCODER_FOLDER = "text_encoder"  # a run on captions holds a copy of the text encoder that embedded them
 
 
@@ -236,55 +236,60 @@ def load_model(
     folder = resolve_checkpoint(path)
     description = read_description(folder)
     kind = description.get("kind")
-    if kind not in WEIGHTS:
+    if kind not in tuple(WEIGHTS):  # compared, not hashed: it may be anything that JSON can hold
         raise UserError(
             f"{path}: holds an {kind}, not a {GAN} or {DDPM}; give a run of ldgan/train.py or ldgan/train_ddpm.py"
         )
-    config, class_names, text = description["config"], description.get("class_names"), description.get("text")
-    channels, side, _ = description["data_shape"]
-    variance = config.get("variance", "posterior")
-    network = build_unet(
-        from_dict(UNetConfig, config[NETWORK[kind]], str(folder)),
-        (channels, side, side),
-        len(class_names or []),
-        text_dim=text["dim"] if text is not None else 0,
-        learned_variance=variance == "learned",
+    config, data = field(folder, description, "config", dict), DataDescription.of(folder, description)
+    text = TextDescription.of(folder, description)
+    process = ProcessDescription.of(config, str(folder))
+    diffusion = process_of(config, str(folder))
+    numbers = read_numbers(UNetConfig, folder, config, NETWORK[kind])
+    network = load_network(
+        folder,
+        WEIGHTS[kind],
+        lambda: build_unet(
+            numbers,
+            data.shape,
+            len(data.class_names or []),
+            text_dim=text.dim if text is not None else 0,
+            learned_variance=process.variance == "learned",
+        ),
     )
-    load_thing(folder, WEIGHTS[kind], network)
     autoencoder = light_decoder = None
-    if config["latent"]:
+    if process.latent:
         autoencoder_folder = run_of(folder) / AUTOENCODER_FOLDER
         autoencoder = load_autoencoder(autoencoder_folder, device)
         light_decoder = load_light_decoder(autoencoder_folder, device) if decoder == "light" else None
+        if autoencoder.latent_shape(data.resolution) != data.shape:
+            raise UserError(f"{autoencoder_folder}: its latents have another shape than the model's; use another run")
     elif decoder == "light":
         raise UserError(f"{path}: works on pixels and has no decoder; leave out --decoder light")
-    diffusion = process_of(config)
     guide = load_classifier(classifier, device, diffusion, description) if classifier is not None else None
     return TrainedModel(
         network.to(device).eval().requires_grad_(False),
         diffusion,
         autoencoder,
-        (channels, side, side),
-        description["resolution"],
-        predicts=config.get("predicts", "x_0"),
-        variance=variance,
-        class_names=class_names,
+        data.shape,
+        data.resolution,
+        predicts=process.predicts,
+        variance=process.variance,
+        class_names=data.class_names,
         light_decoder=light_decoder,
         classifier=guide,
         text_encoder=text_encoder_of(run_of(folder), text),
     )
 
 
-def text_encoder_of(run: Path, text: dict[str, Any] | None) -> TextEncoderSource | None:
-    """The text encoder in a run's folder, by what its checkpoints say of their ``text``; None for models without."""
+def text_encoder_of(run: Path, text: TextDescription | None) -> TextEncoderSource | None:
+    """The text encoder in a run's folder, by what its checkpoints say of it; None for models without."""
     if text is None:
         return None
-    return TextEncoderSource(run / TEXT_ENCODER_FOLDER, text["encoder"], text["max_tokens"])
+    return TextEncoderSource(run / TEXT_ENCODER_FOLDER, text.encoder, text.max_tokens)
 
 
-def process_of(config: dict[str, Any]) -> Diffusion:
-    """The process that a run with this config is sampled by; keys younger than the run have their default."""
-    beta_max = config.get("beta_max", BETA_MAX)
-    diffusion = build_diffusion(config.get("schedule", "vp"), config["num_timesteps"], beta_max)
+def process_of(config: Mapping[str, Any], source: str = "config") -> Diffusion:
+    """The process that a run with this config is sampled by; errors name ``source``."""
+    process = ProcessDescription.of(config, source)
     # A one-shot generator answers at t = T alone; the process only served its discriminator.
-    return diffusion.respaced(1) if config.get("objective") == "one_shot" else diffusion
+    return process.diffusion().respaced(1) if process.objective == "one_shot" else process.diffusion()

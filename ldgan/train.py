@@ -27,6 +27,7 @@ from ldgan.data import (
     keep_text_encoder,
     open_data,
 )
+from ldgan.descriptions import TextDescription
 from ldgan.diffusion import BETA_MAX, Predicts, build_diffusion
 from ldgan.discriminator import Discriminator, DiscriminatorConfig
 from ldgan.engine import cli
@@ -118,10 +119,10 @@ def main() -> None:
         class_conditional=config.class_conditional,
         text_conditional=config.text_conditional,
     )
-    class_names, text = description["class_names"], description["text"]
+    class_names, text = description["class_names"], TextDescription.of(Path(config.run.dir), description)
 
     diffusion = build_diffusion(config.schedule, config.num_timesteps, config.beta_max)
-    text_dim = text["dim"] if text is not None else 0
+    text_dim = text.dim if text is not None else 0
     players = build_players(config, source.shape, len(class_names or []), accelerator.device, text_dim=text_dim)
     session = Session(accelerator, config, things_to_save(players), description)
     if session.finished:

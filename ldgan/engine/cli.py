@@ -13,8 +13,18 @@ class UserError(Exception):
     """Something the person at the keyboard can mend.
 
     The message is one line that says what was wrong, where, and what to do. Commands print it without a
-    traceback and exit with status 2.
+    traceback and exit with status 2. It may quote what a stranger wrote: line breaks become spaces, and codes that
+    would steer the terminal are spelt out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(map(_printable, message)))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
 def positive(text: str) -> int:

@@ -1,6 +1,7 @@
 """Configuration: typed dataclasses hold every option and its default; YAML and ``key=value`` change them.
 
-A config is data: interpolation (``${...}``) is refused, so nothing in it reads the environment.
+A config is data: interpolation (``${...}``) is refused, whatever it refers to, so nothing in it reads the environment
+or runs a resolver.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -35,6 +37,18 @@ __all__ = [
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+# What somebody else wrote may be made to take any time and memory; ours are a hundred times smaller.
+MAX_YAML_CHARACTERS = 1 << 20
+MAX_YAML_NODES = 10_000  # each alias counted as what it stands for, which can be a billion of others (billion laughs)
+MAX_YAML_DEPTH = 50
+MAX_LIST_ITEMS = 1000
+MAX_SHOWN = 200  # characters of a wrong key or value in a message
+
+# PyYAML and OmegaConf let through what Python raises for scalars and keys that no type has room for, or for depth.
+_YAML_ERRORS = (
+    *(YAMLError, OmegaConfBaseException, ArithmeticError, AssertionError, LookupError, RecursionError),
+    *(AttributeError, TypeError, ValueError),
+)
 
 
 def option(default: Any, help: str) -> Any:
@@ -89,15 +103,28 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """Return the mapping that YAML text holds, ``${...}`` left as it stands; errors name ``source``.
 
     Raises:
-        UserError: if the text is not YAML, or not a mapping.
+        UserError: if the text is not YAML, or not a mapping, or far larger than any config.
     """
+    if len(text) > MAX_YAML_CHARACTERS:
+        raise UserError(f"{source}: longer than {MAX_YAML_CHARACTERS:,} characters; give a config")
     try:
-        container = OmegaConf.to_container(OmegaConf.create(text))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        _check_depth(text)
+        config = OmegaConf.create(text, max_yaml_expanded_nodes=MAX_YAML_NODES)
+        container = OmegaConf.to_container(config)
+    except _YAML_ERRORS as error:
+        raise UserError(f"{source}: not valid YAML: {_shorten(' '.join(str(error).split()))}") from error
     if not isinstance(container, dict):
         raise UserError(f"{source}: expected `key: value` lines, found a list")
     return typing.cast("dict[str, Any]", container)
+
+
+def _check_depth(text: str) -> None:
+    """Raise ValueError for text that is nested deeper than `MAX_YAML_DEPTH`: libyaml's loader would end the process."""
+    depth = 0
+    for event in yaml.parse(text, yaml.CSafeLoader):  # one event after the other, so that this itself has no depth
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"nested more than {MAX_YAML_DEPTH} deep")
 
 
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -163,12 +190,17 @@ def _show(value: Any) -> str:
         return "null"
     if isinstance(value, enum.Enum):
         return value.name
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else _shorten(str(value))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_YAML_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise UserError(f"{path}: cannot read the config: {reason}") from error
@@ -179,24 +211,40 @@ def _read_override(override: str) -> dict[str, Any]:
     if "=" not in override:
         raise UserError(f"{COMMAND_LINE}: expected key=value, found {override!r}")
     try:
+        _check_depth(override.partition("=")[2])
         container = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{COMMAND_LINE}: {override!r} is not key=value with a YAML value") from error
+    except _YAML_ERRORS as error:
+        raise UserError(f"{COMMAND_LINE}: {_shorten(override)!r} is not key=value with a YAML value") from error
     return typing.cast("dict[str, Any]", container)
 
 
 def _assign(config: DictConfig, schema: type, settings: Mapping[str, Any], source: str) -> None:
     """Set the options in ``settings`` one by one, so that an error can name source, key and value."""
     leaves = _leaves(schema)
-    for key, value in _settings(settings, schema, source):
-        if key not in leaves:
-            raise UserError(f"{source}: unknown key {key!r}; {_suggestion(key, list(leaves))}")
-        if "${" in str(value):
-            raise UserError(f"{source}: {key}: interpolation ({value!r}) is refused; write the value itself")
-        try:
-            OmegaConf.update(config, key, value)
-        except OmegaConfBaseException as error:
-            raise UserError(f"{source}: {key}: expected {leaves[key].type_name}, got {_show(value)!r}") from error
+    try:
+        for key, value in _settings(settings, schema, source):
+            _assign_one(config, leaves, key, value, source)
+    except RecursionError as error:
+        raise UserError(f"{source}: nested too deeply for a config") from error
+
+
+def _assign_one(config: DictConfig, leaves: Mapping[str, _Leaf], key: str, value: Any, source: str) -> None:
+    if key not in leaves:
+        key = _shorten(key)
+        raise UserError(f"{source}: unknown key {key!r}; {_suggestion(key, list(leaves))}")
+    if isinstance(value, list | tuple) and len(value) > MAX_LIST_ITEMS:
+        raise UserError(f"{source}: {key}: a list of {len(value):,}; at most {MAX_LIST_ITEMS:,} are read")
+    if "${" in str(value):
+        raise UserError(f"{source}: {key}: interpolation ({_shorten(repr(value))}) is refused; write the value itself")
+    expected = leaves[key].type_name
+    try:
+        # OmegaConf itself takes [[1]] for a list[int].
+        nested = isinstance(value, list | tuple) and any(isinstance(item, list | tuple | Mapping) for item in value)
+        if nested and not expected.startswith("list[dict"):
+            raise TypeError("a list in a list")
+        OmegaConf.update(config, key, value)
+    except _YAML_ERRORS as error:
+        raise UserError(f"{source}: {key}: expected {expected}, got {_show(value)!r}") from error
 
 
 def _settings(settings: Mapping[str, Any], schema: type, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -344,3 +344,29 @@ def test_members_whose_content_would_be_code_are_not_looked_at(tmp_path):
         UserError, match=r"none of 1 images can be used; the first is 0.tar/0 \(ValueError: invalid lit"
     ):
         write_shards(WebDatasetShards(tmp_path / "shards"), tmp_path / "set", resolution=8)
+
+
+# --- Brace patterns -----------------------------------------------------------------------------------------
+
+
+def test_a_brace_pattern_names_tars_of_one_folder_or_several(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for name, number in {"a/00000": 0, "a/00001": 1, "a/00002": 2, "b/00001": 3}.items():
+        write_tar(tmp_path / f"{name}.tar", {"x.png": picture(number)})
+    two = WebDatasetShards(tmp_path / "a" / "{00000..00001}.tar")
+    assert {sample.name: sample.image.read() for sample in two} == {
+        "00000.tar/x": picture(0),
+        "00001.tar/x": picture(1),
+    }
+    both = WebDatasetShards(tmp_path / "{a,b}" / "00001.tar")
+    assert {sample.name: sample.image.read() for sample in both} == {
+        "a/00001.tar/x": picture(1),
+        "b/00001.tar/x": picture(3),
+    }
+    with pytest.raises(UserError, match=r"2 of its 4 files are missing, the first is .*a/00003.tar"):
+        WebDatasetShards(tmp_path / "a" / "{00001..00004}.tar")
+    with pytest.raises(UserError, match="more than 1,000,000 files"):
+        WebDatasetShards(tmp_path / "{000..999}{0..999999999}.tar")
+    with pytest.raises(UserError, match=r"\{0..3.tar is neither a range nor a list"):
+        WebDatasetShards(tmp_path / "{0..3.tar")

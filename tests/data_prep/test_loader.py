@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_prep import loader
 from data_prep.images import encode_image
 from data_prep.loader import (
     EpochOrder,
@@ -197,7 +198,53 @@ def test_a_flip_takes_the_moments_of_the_mirrored_image(tmp_path):
 
 def test_pickles_are_not_loaded(tmp_path):
     dataset = latents(tmp_path / "set", np.array([{"an": "object"}], dtype=object))
-    with pytest.raises(UserError, match=r"sample 000000000 cannot .* \(ValueError: Object arrays cannot be"):
+    with pytest.raises(UserError, match=r"sample 000000000 cannot .* \(ValueError: .* array of object"):
+        dataset[SampleRef(0, flip=False)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_goes_missing_in_the_middle_of_training_ends_it_by_name(tmp_path, num_workers):
+    with ShardWriter(tmp_path / "set", "images", samples_per_shard=2) as writer:
+        for _ in range(4):
+            writer.write({"png": encode_image(Image.new("RGB", (8, 8)), "png", 95)})
+    dataset = ImageDataset(ShardSet.open(tmp_path / "set"))
+    (tmp_path / "set" / "shard-000001.tar").unlink()
+    batches = training_batches(dataset, order([2, 2], window_shards=1), num_workers)
+    with pytest.raises(UserError, match=r"/set/shard-000001.tar is missing or damaged \(.*No such file.*shards again$"):
+        list(itertools.islice(batches, 2))
+
+
+@pytest.mark.parametrize(
+    ("array", "details", "complaint"),
+    [
+        (np.zeros((2, 2)), {}, r"no moments: an array of float64 of shape \(2, 2\)"),
+        (np.zeros((3, 2, 2)), {}, r"no moments: an array of float64 of shape \(3, 2, 2\)"),
+        (np.zeros((4, 2, 2), dtype="M8[s]"), {}, "no moments: an array of datetime64"),
+        (np.zeros((1, 4, 2, 2)), {}, "moments of 1 images instead of one and its mirror image"),
+        (np.zeros((4, 2, 2)), {"flips": True}, "no moments of the mirror image, which the manifest promises"),
+        (np.zeros((4, 2, 2)), {"latent_shape": [2, 4, 4]}, r"not of latents \(2, 4, 4\) as in the manifest"),
+    ],
+)
+def test_arrays_that_are_no_moments_are_refused(array, details, complaint):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with pytest.raises(ValueError, match=complaint):
+        loader._decode_moments({"npy": buffer.getvalue()}, details)
+
+
+def test_an_image_of_another_size_than_the_manifest_says_is_not_decoded():
+    """Else a few kilobytes could take the memory of an image of 10^8 pixels."""
+    content = encode_image(Image.new("RGB", (9, 8)), "png", 95)
+    with pytest.raises(ValueError, match="9 x 8 pixels, not 8 x 8 as in the manifest"):
+        loader._decode_image({"png": content}, 8)
+    assert loader._decode_image({"png": content}, None).shape == (8, 9, 3)
+
+
+def test_a_png_that_is_called_jpg_is_refused_by_name(tmp_path):
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        writer.write({"jpg": encode_image(Image.new("RGB", (8, 8)), "png", 95)})
+    dataset = ImageDataset(ShardSet.open(tmp_path / "set"))
+    with pytest.raises(UserError, match=r"shard-000000.tar, sample 000000000 cannot be decoded \(Unidentified"):
         dataset[SampleRef(0, flip=False)]
 
 

@@ -523,9 +523,20 @@ def test_a_password_that_looks_like_a_path_is_refused_and_not_repeated():
 
 
 @pytest.mark.parametrize("command", ["pipe:touch {}", "pipe:cat {} |"])
-def test_commands_are_refused(tmp_path, command):
-    with pytest.raises(UserError, match="pipe: runs a command"):
-        ShardSet.open(command.format(tmp_path / "hacked"))
+def test_commands_are_refused(tmp_path, monkeypatch, command):
+    """Whoever names them: a path to data, a manifest, or the environment."""
+    command = command.format(tmp_path / "hacked")
+    with pytest.raises(UserError, match=r"pipe: would run a command.*give a folder or the URL of one: http\(s\)://"):
+        ShardSet.open(command)
+    write(tmp_path / "set")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LDGAN_CACHE", command)  # a folder of that name
+    assert ShardSet.open(f"file://{tmp_path}/set").read(0) == content(0)
+    path = tmp_path / "set" / "manifest.json"
+    path.write_text(path.read_text().replace(SHARD, command))
+    for folder in (tmp_path / "set", f"file://{tmp_path}/set"):
+        with pytest.raises(UserError, match="is no shard's name"):
+            ShardSet.open(folder)
     assert not (tmp_path / "hacked").exists()
 
 

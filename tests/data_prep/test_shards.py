@@ -4,15 +4,19 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep import shards
-from data_prep.shards import Manifest, ShardSet, ShardWriter
+from data_prep.shards import Manifest, ShardSet, ShardWriter, load_array
 from ldgan.engine.cli import UserError
+
+INFO = {"name": "shard-000000.tar", "num_samples": 1, "num_bytes": 1024, "sha256": "0" * 64}
 
 
 def content(index: int) -> dict[str, bytes]:
@@ -168,15 +172,19 @@ def test_a_folder_without_manifest_is_not_a_set(tmp_path):
         ({"has_captions": "no"}, '"has_captions" has the wrong type'),
         ({"seconds": "long"}, '"seconds" has the wrong type'),
         ({"num_samples": 10.0}, '"num_samples or num_bytes" has the wrong type'),
-        ({"shards": [{"name": "shard-000000.tar", "num_samples": 1, "num_bytes": "1", "sha256": ""}]}, "num_bytes"),
+        ({"shards": [INFO | {"num_bytes": "1"}]}, '"num_samples or num_bytes" has the wrong type'),
+        ({"shards": [INFO | {"num_samples": True}]}, '"num_samples or num_bytes" has the wrong type'),
+        ({"shards": [INFO | {"name": 3}]}, '"name or sha256" has the wrong type'),
         ({"shards": [3]}, "must be a mapping"),
-        (
-            {
-                "num_samples": 1,
-                "shards": [{"name": "../x.tar", "num_samples": 1, "num_bytes": 1, "sha256": ""}],
-            },
-            "'../x.tar' is no shard's name",
-        ),
+        ({"num_samples": 1, "shards": [INFO | {"name": "../x.tar"}]}, "'../x.tar' is no shard's name"),
+        ({"num_samples": 1, "shards": [INFO | {"sha256": "../" + "0" * 61}]}, "is no SHA-256"),
+        ({"num_samples": 1, "shards": [INFO | {"num_bytes": 511}]}, "1 samples in 511 bytes of shard-000000.tar"),
+        ({"num_samples": 10**9 + 1, "shards": [INFO | {"num_samples": 10**9 + 1}]}, "at most 1,000,000,000 are read"),
+        ({"details": {"resolution": "8"}}, "\"resolution\" of the details cannot be '8'"),
+        ({"details": {"resolution": -8}}, "\"resolution\" of the details cannot be '-8'"),
+        ({"details": {"latent_shape": [4, 8]}}, "\"latent_shape\" of the details cannot be '[4, 8]'"),
+        ({"details": {"flips": "no"}}, "\"flips\" of the details cannot be 'no'"),
+        ({"details": {"autoencoder": None}}, "\"autoencoder\" of the details cannot be 'None'"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, changes, complaint):
@@ -194,12 +202,34 @@ def test_a_manifest_nested_without_end_is_refused(tmp_path):
         Manifest.read(tmp_path / "set")
 
 
-def test_a_manifest_that_claims_very_many_samples_takes_no_memory_for_them(tmp_path):
+def test_a_manifest_that_claims_more_samples_than_its_bytes_can_hold_is_refused(tmp_path):
+    """The order of an epoch takes memory for each sample of some shards, before any is read."""
     infos = [dataclasses.asdict(shard) for shard in write(tmp_path / "set").shards]
-    infos[0]["num_samples"] = 10**15
-    edit_manifest(tmp_path / "set", shards=infos, num_samples=10**15 + 6)
-    with pytest.raises(UserError, match=r"shard-000000.tar .*not the 1000000000000000 that the manifest lists"):
+    most = infos[0]["num_bytes"] // 512  # each sample has at least a header
+    infos[0]["num_samples"] = most + 1
+    edit_manifest(tmp_path / "set", shards=infos, num_samples=most + 7)
+    with pytest.raises(UserError, match=rf"valid manifest \({most + 1} samples in .* bytes of shard-000000.tar\)"):
+        ShardSet.open(tmp_path / "set")
+    infos[0]["num_samples"] = most
+    edit_manifest(tmp_path / "set", shards=infos, num_samples=most + 6)
+    with pytest.raises(UserError, match=rf"shard-000000.tar .*not the {most} that the manifest lists"):
         ShardSet.open(tmp_path / "set").read(0)
+
+
+def test_a_manifest_of_very_many_bytes_is_not_read(tmp_path):
+    write(tmp_path / "set")
+    os.truncate(tmp_path / "set" / "manifest.json", 2**40)  # takes no room on the disk
+    with pytest.raises(UserError, match=r"is not a valid manifest \(more than 134,217,728 bytes\)"):
+        Manifest.read(tmp_path / "set")
+
+
+def test_a_detail_that_is_needed_and_missing_is_said(tmp_path):
+    manifest = write(tmp_path / "set")
+    read = Manifest.read(tmp_path / "set")
+    assert read.details == manifest.details
+    with pytest.raises(UserError, match=r'have no "resolution" among the details in their manifest.json'):
+        read.details["resolution"]
+    assert read.details.get("resolution") is None
 
 
 def test_missing_and_cut_shards_are_found_at_once(tmp_path):
@@ -230,6 +260,16 @@ def test_a_shard_removed_while_in_use_is_named(tmp_path):
         samples.read(4)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 700, 2000])
+def test_a_shard_that_is_empty_or_cut_is_named_though_the_manifest_agrees(tmp_path, num_bytes):
+    infos = [dataclasses.asdict(shard) for shard in write(tmp_path / "set").shards]
+    infos[1] |= {"num_bytes": num_bytes, "num_samples": 1}
+    os.truncate(tmp_path / "set" / "shard-000001.tar", num_bytes)
+    edit_manifest(tmp_path / "set", shards=infos, num_samples=7)
+    with pytest.raises(UserError, match=r"shard-000001\.tar"):
+        ShardSet.open(tmp_path / "set").read(4)
+
+
 def test_a_shard_with_fewer_samples_than_promised_is_named(tmp_path):
     write(tmp_path / "set")
     replace_shard(tmp_path / "set", [tarfile.TarInfo(f"{index:09d}.png") for index in range(3)])
@@ -237,7 +277,12 @@ def test_a_shard_with_fewer_samples_than_promised_is_named(tmp_path):
         ShardSet.open(tmp_path / "set").read(0)
 
 
-@pytest.mark.parametrize("name", ["../000000000.png", "/etc/passwd", "000000000.exe", "0.png", "cat.png"])
+EXECUTABLE = ["pyd", "pickle", "pkl", "pth", "pt", "dill", "json", "exe"]  # webdataset would unpickle most of them
+
+
+@pytest.mark.parametrize(
+    "name", ["../000000000.png", "/etc/passwd", "0.png", "cat.png", *(f"000000000.{end}" for end in EXECUTABLE)]
+)
 def test_members_of_other_names_are_refused(tmp_path, name):
     write(tmp_path / "set")
     replace_shard(tmp_path / "set", [tarfile.TarInfo(name)])
@@ -252,3 +297,79 @@ def test_links_are_refused(tmp_path):
     replace_shard(tmp_path / "set", [link])
     with pytest.raises(UserError, match="unexpected member"):
         ShardSet.open(tmp_path / "set").read(0)
+
+
+# --- Tars that were made to do harm -------------------------------------------------------------------------
+
+
+def tar_of(member: tarfile.TarInfo, field: bytes | None = None) -> io.BytesIO:
+    """A tar of one member without content, whose header says ``field`` for its size."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(member)
+    data = bytearray(buffer.getvalue())
+    if field is not None:
+        data[124:136] = field
+        checksum = sum(data[:512]) - sum(data[148:156]) + 8 * ord(" ")
+        data[148:156] = b"%06o\0 " % checksum
+    return io.BytesIO(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("size", "complaint"),
+    [
+        (b"77777777777\0", "unexpected end of data|ends within member"),  # 8 GiB
+        (b"\x80" + bytes(3) + b"\xff" * 8, "unexpected end|ends within|too large|too big"),  # 2^64 - 1
+        (b"\xff" * 11 + b"\0", "leads back|ends within|bytes|negative"),  # -256
+    ],
+)
+def test_a_member_of_a_size_that_is_not_there_is_an_error(size, complaint):
+    """Memory for its content is never asked for; of a negative size tarfile would read the same header for ever."""
+    tar = tar_of(tarfile.TarInfo("000000000.png"), size)
+    with pytest.raises(Exception, match=complaint):
+        list(shards.tar_members(tar))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_says_it_is_long_takes_no_memory(kind):
+    member = tarfile.TarInfo("x")
+    member.type = kind
+    with pytest.raises(tarfile.ReadError, match="a header of 8,589,934,592 bytes"):
+        list(shards.tar_members(tar_of(member, b"77777777777\0")))
+
+
+def test_a_negative_size_in_extended_attributes_ends_too():
+    member = tarfile.TarInfo("000000000.png")
+    member.pax_headers = {"size": "-1024"}
+    with pytest.raises(tarfile.ReadError, match="ends within member"):
+        list(shards.tar_members(tar_of(member)))
+
+
+def test_names_as_long_as_file_systems_allow_are_read():
+    name = "n" * 4095
+    assert [member.name for member in shards.tar_members(tar_of(tarfile.TarInfo(name)))] == [name]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [("(1125899906842624,)", "<f4"), ("(4611686018427387904, 4611686018427387904)", "<f4")]
+)
+def test_an_array_takes_no_more_memory_than_its_bytes(shape, dtype):
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    lying = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(64)
+    with pytest.raises(ValueError, match="64 bytes for an array of float32 of shape"):
+        load_array(lying)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_an_array_is_what_numpy_saved(order):
+    array = np.asarray(np.arange(24, dtype=np.float16).reshape(2, 3, 4), order=order)
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    np.testing.assert_array_equal(load_array(buffer.getvalue()), array)
+
+
+def test_an_array_of_objects_is_not_unpickled(tmp_path):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="bytes for an array of object"):
+        load_array(buffer.getvalue())

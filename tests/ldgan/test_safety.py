@@ -13,7 +13,7 @@ import resource
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from autoencoder.loading import load_autoencoder
+from autoencoder.networks import AutoencoderKL
+from ldgan.classifier import ClassifierConfig, build_classifier
 from ldgan.engine.checkpoint import FORMAT, check_checkpoint, load_state, load_thing, read_description, save_checkpoint
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import option
+from ldgan.engine.config import load_config, option, to_dict
+from ldgan.engine.rebuilding import load_network
 from ldgan.engine.run import RunFolder
 from ldgan.engine.session import RunConfig, Session
 from ldgan.engine.weights import load_weights
+from ldgan.loading import build_unet, load_model
+from ldgan.networks import UNetConfig
 
 MAX_GROWTH = 256 * 2**20  # bytes; what the files below ask for starts at 1 TiB
 
@@ -51,12 +57,24 @@ def marker(tmp_path: Path) -> Path:
 def refused(marker: Path, match: str | None = None) -> Iterator[None]:
     """The block must raise a UserError of one line, run nothing, and take little memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=match) as caught:
+    with pytest.raises(UserError, match=match) as caught, limited_memory():
         yield
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert "\n" not in str(caught.value)
     assert not marker.exists()
     assert growth * 1024 < MAX_GROWTH
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let a test that asks for terabytes fail before the machine does."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 8 * MAX_GROWTH, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def torch_file(contents: object, path: Path, **options: bool) -> bytes:
@@ -244,7 +262,7 @@ def test_a_run_goes_on_from_no_hostile_progress(tmp_path: Path, marker: Path, ch
     session()
     progress = {"step": 2, "seconds": 1.0}
     save_checkpoint(RunFolder(tmp_path / "run").checkpoint_path(2), {"model": model}, progress | changes)
-    with refused(marker, "checkpoint.json: damaged: step, seconds or best are not those of a run"):
+    with refused(marker, "checkpoint.json: damaged: step, seconds, .* are not those of a run"):
         session()
 
 
@@ -255,6 +273,189 @@ def test_the_config_of_a_run_is_data(tmp_path: Path, marker: Path, tag: str) -> 
     run.config_path.write_text(f"seed: {tag} ['{marker}']\n")
     with refused(marker, "config.yaml"):
         RunFolder.create_or_resume(run.path, "seed: 1\n")
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+HOSTILE_YAML = {
+    "a tag that runs code": "seed: !!python/object/apply:os.mkdir [{marker}]",
+    "a billion laughs": LAUGHS,
+    "merges": LAUGHS.replace("[x, x]", "{x: 1}").replace(": &", ": &").replace("[*", "{<<: [*").replace("]\n", "]}\n"),
+    "an alias of itself": "seed: &a [*a]",
+    "brackets that would end the process": "seed: " + "[" * 100_000,
+    "dashes that would end the process": "- " * 100_000,
+    "a number of very many digits": "seed: " + "9" * 5000,
+    "a megabyte": "#" * (1 << 20) + "\nseed: 1",
+    "the environment": "dir: ${{oc.env:HOME}}",
+    "the environment, decoded": "seed: ${{oc.decode:${{oc.env:HOME}}}}",
+    "a resolver": "dir: ${{oc.create:{{a:1}}}}",
+    "another key": "dir: ${{precision}}",
+    "an interpolation in a list": "dir: [a, '${{oc.env:HOME}}']",
+    "a list of lists": "betas: [[1]]",
+    "a list without end": "betas: [" + "1," * 5000 + "1]",
+}
+
+
+@dataclass
+class Settings:
+    dir: str = option("", "")
+    precision: str = option("", "")
+    seed: int = option(0, "")
+    betas: list[float] = option([], "")
+
+
+@pytest.mark.parametrize("name", HOSTILE_YAML)
+def test_a_hostile_config(tmp_path: Path, marker: Path, name: str) -> None:
+    text = HOSTILE_YAML[name]
+    (tmp_path / "config.yaml").write_text(text.replace("{marker}", str(marker)).replace("{{", "{").replace("}}", "}"))
+    with refused(marker, "config.yaml: "):
+        load_config(Settings, tmp_path / "config.yaml", [])
+
+
+def test_values_from_the_command_line_are_data_too(marker: Path) -> None:
+    for value in (f"!!python/object/apply:os.mkdir ['{marker}']", "[" * 100_000, "${oc.env:HOME}", "${seed}"):
+        with refused(marker, "command line: "):
+            load_config(Settings, None, [f"dir={value}"])
+
+
+def test_messages_are_one_line_that_steers_no_terminal() -> None:
+    assert str(UserError("a\nb\x1b[31m\u202ec\ud800 größer")) == "a b\\x1b[31m\\u202ec\\ud800 größer"
+
+
+# --- Descriptions of networks -------------------------------------------------------------------------------
+
+UNET = UNetConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1)
+CLASSIFIER = ClassifierConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1)
+PROCESS = {"num_timesteps": 2, "schedule": "vp", "beta_max": 20.0}
+DATA = {"data_shape": [3, 8, 8], "resolution": 8, "class_names": ["a", "b"], "autoencoder": None}
+
+
+def save_gan(folder: Path, changes: dict[str, Any], config: dict[str, Any], network: dict[str, Any]) -> None:
+    """A model of two classes of 8 px images, whose description says something else than what is there."""
+    settings = {"generator": to_dict(UNET) | network, "latent": False, **PROCESS, **config}
+    unet = build_unet(UNET, (3, 8, 8), 2)
+    save_checkpoint(folder, {"generator_ema": unet}, {"kind": "diffusion GAN", "config": settings, **DATA, **changes})
+
+
+HOSTILE_NUMBERS: dict[str, dict[str, Any]] = {
+    "width": {"base_channels": 10**9},
+    "width of more digits than C knows": {"base_channels": 10**30},
+    "no width": {"base_channels": 0},
+    "negative width": {"base_channels": -8},
+    "depth": {"num_res_blocks": 10**9},
+    "levels": {"channel_multipliers": [1] * 900},
+    "levels without end": {"channel_multipliers": [1] * 100_000},
+    "no levels": {"channel_multipliers": []},
+    "mapping": {"num_mapping_layers": 10**9},
+    "z": {"z_dim": 10**12},
+    "a word for a number": {"base_channels": "many"},
+    "a list for a number": {"base_channels": [8]},
+    "another choice": {"resblock": "os.system"},
+    "an interpolation": {"resblock": "${oc.env:HOME}"},
+    "an unknown number": {"__class__": "os.system"},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_NUMBERS)
+def test_hostile_numbers_of_a_network(tmp_path: Path, marker: Path, name: str) -> None:
+    save_gan(tmp_path / "saved", {}, {}, HOSTILE_NUMBERS[name])
+    with refused(marker, "/saved"):
+        load_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_timesteps": 10**12},
+        {"num_timesteps": 0},
+        {"num_timesteps": "x"},
+        {"num_timesteps": None},
+        {"beta_max": float("nan")},
+        {"beta_max": -1e308},
+        {"schedule": "os.system"},
+        {"variance": []},
+        {"predicts": 3},
+        {"objective": {}},
+        {"latent": "perhaps"},
+        {"latent": True},  # there is no autoencoder
+        {"generator": 3},
+        {"generator": None},
+    ],
+)
+def test_a_hostile_process(tmp_path: Path, marker: Path, config: dict[str, Any]) -> None:
+    save_gan(tmp_path / "saved", {}, config, {})
+    with refused(marker):
+        load_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data_shape": [3, 10**9, 10**9]},
+        {"data_shape": [10**12, 8, 8]},
+        {"data_shape": [3, 8]},
+        {"data_shape": [3, 8, 9]},
+        {"data_shape": "388"},
+        {"data_shape": [3.0, 8, 8]},
+        {"resolution": 0},
+        {"resolution": True},
+        {"class_names": 10**9},
+        {"class_names": [1, 2]},
+        {"class_names": ["x"] * 100_000},
+        {"config": []},
+        {"kind": ["diffusion GAN"]},
+        {"kind": None},
+    ],
+)
+def test_a_hostile_description_of_data(tmp_path: Path, marker: Path, changes: dict[str, Any]) -> None:
+    save_gan(tmp_path / "saved", changes, {}, {})
+    with refused(marker, "/saved"):
+        load_model(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("numbers", [{"base_channels": 10**9}, {"num_res_blocks": 10**9}, {"num_groups": 3}])
+def test_a_hostile_autoencoder(
+    tmp_path: Path, marker: Path, tiny_autoencoder: Callable[..., AutoencoderKL], numbers: dict[str, Any]
+) -> None:
+    autoencoder = tiny_autoencoder()
+    config = {"network": to_dict(autoencoder.config) | numbers}
+    description = {"kind": "autoencoder", "config": config, "latent_statistics": {}}
+    save_checkpoint(tmp_path / "saved", {"autoencoder_ema": autoencoder}, description)
+    with refused(marker):
+        load_autoencoder(tmp_path / "saved")
+    # The same in the format of diffusers.
+    tiny_autoencoder(num_groups=2).save_diffusers(tmp_path / "diffusers")
+    path = tmp_path / "diffusers" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layers_per_block": 10**9}))
+    with refused(marker, "diffusers/config.json"):
+        load_autoencoder(tmp_path / "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers"), [({}, {"base_channels": 10**9}), ({"class_names": 7}, {}), ({"config": {}}, {})]
+)
+def test_a_hostile_classifier(tmp_path: Path, marker: Path, changes: dict[str, Any], numbers: dict[str, Any]) -> None:
+    save_gan(tmp_path / "model", {}, {}, {})
+    classifier = build_classifier(CLASSIFIER, (3, 8, 8), ["a", "b"])
+    config = {"network": to_dict(CLASSIFIER) | numbers, **PROCESS}
+    description = {"kind": "classifier of noisy samples", "config": config, **DATA, **changes}
+    save_checkpoint(tmp_path / "saved", {"classifier_ema": classifier}, description)
+    with refused(marker):
+        load_model(tmp_path / "model", classifier=tmp_path / "saved")
+
+
+def test_a_network_that_is_checked_first_is_the_one_that_was_saved(tmp_path: Path) -> None:
+    """Buffers that are not saved are not left on the meta device, and the check draws no random numbers."""
+    config = replace(UNET, fir=True, time_embedding="fourier", channel_multipliers=[1, 1], attention_resolutions=[8])
+    unet = build_unet(config, (3, 8, 8), 2).eval()
+    save_checkpoint(tmp_path / "saved", {"unet": unet}, {})
+    torch.manual_seed(0)
+    build_unet(config, (3, 8, 8), 2)
+    expected = torch.get_rng_state()
+    torch.manual_seed(0)
+    loaded = load_network(tmp_path / "saved", "unet", lambda: build_unet(config, (3, 8, 8), 2)).eval()
+    assert torch.equal(torch.get_rng_state(), expected)
+    x_t, z, t = torch.randn(2, 3, 8, 8), torch.randn(2, 64), torch.tensor([1, 2])
+    assert torch.equal(loaded(x_t, z, t, torch.tensor([0, 2])), unet(x_t, z, t, torch.tensor([0, 2])))
 
 
 def test_what_we_write_ourselves_is_taken(tmp_path: Path) -> None:
