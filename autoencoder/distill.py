@@ -33,6 +33,7 @@ from autoencoder.networks import AutoencoderKL
 from autoencoder.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
 from data_prep.loader import ImageDataset, LatentDataset, batches_of_run, sequential_batches
 from data_prep.shards import ShardSet
+from data_prep.urls import check_no_secrets
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import DESCRIPTION_FILE, Stateful, read_description, save_checkpoint
 from ldgan.engine.command import parse_command, training_parser
@@ -77,6 +78,7 @@ class DistillConfig:
         self.network.validate()
         if self.perceptual.weight < 0:
             raise cli.UserError(f"perceptual.weight is {self.perceptual.weight}; give 0 or more")
+        check_no_secrets(self.latents, "latents")
         if self.num_evaluation_latents < 2:
             raise cli.UserError(f"num_evaluation_latents is {self.num_evaluation_latents}; give 2 or more")
 

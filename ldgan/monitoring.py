@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from accelerate import Accelerator
 
+from data_prep.urls import check_no_secrets, path_or_url, public_name
 from ldgan.conditions import Prompts
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
@@ -92,6 +93,8 @@ class EvaluationConfig:
     def _check_evaluations(self) -> None:
         if not self.metrics:
             raise UserError("evaluation.metrics: nothing to measure; name a metric, or set evaluation.every_steps=0")
+        if self.reference is not None:
+            check_no_secrets(self.reference, "evaluation.reference")
         if self.needs_reference and self.reference is None:
             raise UserError(
                 f"evaluation.metrics={','.join(self.metrics)} compares with real images; give evaluation.reference, a"
@@ -214,15 +217,15 @@ def _open_network(config: EvaluationConfig, session: Session, accelerator: Accel
 def _measure_reference(
     config: EvaluationConfig, samples: Samples, network: FeatureNetwork, accelerator: Accelerator
 ) -> FeatureSet:
-    path = Path(config.reference or "")
+    path = path_or_url(config.reference or "")
     reference = open_reference(
         path,
         partial(open_images, resolution=samples.size[0]),
         samples.size,
-        num_images=config.num_images if path.is_dir() else None,
+        num_images=config.num_images if isinstance(path, str) or path.is_dir() else None,
     )
     measured = reference.measure(
         accelerator, network, num_kept=config.num_reference_features, batch_size=config.batch_size
     )
-    accelerator.print(f"evaluation every {config.every_steps:,} steps, beside {path}")
+    accelerator.print(f"evaluation every {config.every_steps:,} steps, beside {public_name(path)}")
     return measured.features

@@ -68,7 +68,6 @@ class LossConfig:
     l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
     energy_weight: float = option(0.0, "weight of the energy score of two x_0 estimates; costs a second forward pass")
     energy_windows: list[int] = option([], "sides of windows, in latent pixels, that the energy score sees apart")
-
     mismatch_weight: float = option(
         0.0, "with captions: weight of the discriminator's loss of real samples beside captions of others (GAN-CLS)"
     )
@@ -81,7 +80,6 @@ class LossConfig:
             raise UserError(f"loss.r1_every_steps is {self.r1_every_steps}; choose 1 or more")
         if self.penalty_epsilon <= 0:
             raise UserError(f"loss.penalty_epsilon is {self.penalty_epsilon}; choose more than 0 (0.1 is usual)")
-
         if self.mismatch_weight < 0:
             raise UserError(f"loss.mismatch_weight is {self.mismatch_weight}; choose 0 or more (0.5 is Reed et al.'s)")
         if self.mismatch_weight > 0 and self.adversarial == "relativistic":

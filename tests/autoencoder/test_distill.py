@@ -291,6 +291,7 @@ def test_the_same_command_again_changes_nothing(
         (["optimizer.lr=1e-3"], "autoencoder/light_decoder: exists already, and other settings made it"),
         (["out={folder}/latents"], "latents: exists already"),
         (["out={folder}/new", "latents={folder}/foreign"], "latents of another autoencoder"),
+        (["out={folder}/new", "latents=https://host/set?token=pw"], "latents=https://host/set was given with"),
         (["out={folder}/new", "flips=true"], "holds no latents of mirror images"),
         (["out={folder}/new", "network.widths=[]"], r"network.widths is \[\]"),
         (["out={folder}/new", "perceptual.network=vgg"], "no perceptual network 'vgg'"),

@@ -308,6 +308,7 @@ def test_real_images_are_brought_to_the_size_of_the_samples(
     [
         ({"reference": "nowhere"}, "nowhere: does not exist"),
         ({"reference": "nowhere.npz"}, "nowhere.npz: no such file of statistics"),
+        ({"reference": "https://me:pw@host/set"}, "evaluation.reference=https://host/set was given with"),
         ({"num_images": 21}, "holds 20 images, and 21 are asked"),
         ({"features": "resnet"}, "no feature network 'resnet'"),
         ({"feature_weights": "nowhere.pth"}, "nowhere.pth: no such file"),
