@@ -37,7 +37,7 @@ GRID_FILE, MAX_GRID_ROWS = "grid.png", 16
 ALPHA = "alpha"  # in place of a mask: the image's own transparency
 ALPHA_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 THRESHOLD = 128  # of 255: masks as white as this are made anew, images less opaque than this as well
-DEFAULT_STRENGTH, DEFAULT_RESAMPLES = 0.5, 5
+DEFAULT_STRENGTH = 0.5
 
 EXAMPLES = """
 examples:
@@ -383,7 +383,7 @@ def _add_resamples_flag(add: Add) -> None:
     add(
         "--num-resamples",
         type=cli.positive,
-        default=DEFAULT_RESAMPLES,
+        default=editing.DEFAULT_RESAMPLES,
         metavar="N",
         help="how often each step is taken, so that new and old come to fit: 1, fast, to 20 (default: 5)",
     )

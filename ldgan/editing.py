@@ -25,6 +25,7 @@ from ldgan.engine.seeding import noise_from_seeds
 from ldgan.loading import TrainedModel
 from ldgan.sampling import Callback, Denoiser, Noise, SamplerConfig, Start, ancestral
 
+DEFAULT_RESAMPLES = 5  # how often commands take each step of an inpainting, unless told otherwise
 SAMPLE_STREAM = "sample"  # of `TrainedModel.sample`: an edit that begins at pure noise is the sample of its seed
 
 Along = Literal["z", "x_T", "both"]
