@@ -464,7 +464,7 @@ def test_the_configs_of_the_repository_load(path):
     config.run.micro_batches(num_processes=2)
 
 
-SCRIPTS = ("train", "train_ddpm", "train_classifier", "sample", "edit", "export", "evaluate", "compare", "toy")
+SCRIPTS = ("train", "train_ddpm", "train_classifier", "sample", "edit", "export", "evaluate", "compare", "toy", "demo")
 
 
 def test_help_shows_examples_of_the_command(pool):
