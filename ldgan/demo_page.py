@@ -369,7 +369,9 @@ def _inpaint_tab(studio: Studio, wishes: Wishes) -> None:
             editor = make_editor(gr.Brush(default_size=48, colors=[MASK_COLOUR], color_mode="fixed"))
             take = gr.Button("Take this seed's image", size="sm")
         with gr.Column():
-            num_resamples = _slider(1, MAX_RESAMPLES, DEFAULT_RESAMPLES, "Resamples", "more fit the seam better and take longer")
+            num_resamples = _slider(
+                1, MAX_RESAMPLES, DEFAULT_RESAMPLES, "Resamples", "more fit the seam better and take longer"
+            )
             button = gr.Button("Inpaint", variant="primary")
             gallery = _gallery(studio, columns=3)
     _on_click(take, studio.take, wishes.of_one, editor)
