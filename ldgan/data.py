@@ -311,7 +311,8 @@ def first_captions(source: DataSource, num: int, device: torch.device | str) -> 
         UserError: there is none.
     """
     shards = source.dataset.shards
-    captions, samples = [], []
+    captions: list[str] = []
+    samples: list[dict[str, Tensor | int]] = []
     for number in range(len(shards)):
         if len(captions) == num:
             break
