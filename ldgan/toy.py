@@ -147,7 +147,7 @@ class TimedPerceptron(nn.Module):
 class PointGenerator(nn.Module):
     """G(x_t, z, t) -> estimate of x_0, for points (B, d, 1, 1); called like `ldgan.networks.UNet`."""
 
-    num_classes = 0
+    num_classes = text_dim = 0
 
     def __init__(self, *, channels: int, z_dim: int, num_octaves: int, **sizes: Any) -> None:
         super().__init__()

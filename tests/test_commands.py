@@ -460,7 +460,8 @@ def test_the_configs_of_the_repository_load(path):
     special = {"light": DistillConfig, "ddpm": DDPMTrainConfig, "iddpm": DDPMTrainConfig}
     special |= {"classifier": ClassifierTrainConfig}
     schema = {"autoencoder": AutoencoderTrainConfig, "ldgan": GANTrainConfig}[path.parent.name]
-    config = load_config(special.get(words[0]) or special.get(words[-1]) or schema, path, [])
+    overrides = ["text_encoder=given"] if words[-1] == "text" else []
+    config = load_config(special.get(words[0]) or special.get(words[-1]) or schema, path, overrides)
     config.run.micro_batches(num_processes=2)
 
 

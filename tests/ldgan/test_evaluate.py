@@ -443,8 +443,8 @@ def test_features_are_those_of_inception_unless_another_network_is_named(parse: 
         ("--checkpoint run --metrics neighbours --reference real.npz", "real.npz: --metrics neighbours shows images"),
         ("--checkpoint run --metrics neighbours --reference a.safetensors", "give the images as --reference"),
         ("--checkpoint run --metrics fid --reference real --heldout test", "test: held-out images serve --metrics nei"),
-        ("--images samples --out out --metrics time", "time and labels are of a model; give --checkpoint RUN instead"),
-        ("--images samples --out out --metrics modes,labels", "time and labels are of a model"),
+        ("--images samples --out out --metrics time", "time, labels and text are of a model; give --checkpoint RUN"),
+        ("--images samples --out out --metrics modes,labels", "time, labels and text are of a model"),
         ("--checkpoint run --metrics time --out tests", "tests: exists already; choose another --out"),
         (
             "--checkpoint run --metrics is --features alexnet --inception-weights x",

@@ -62,7 +62,7 @@ def save_classifier(run: Path, schedule: str = "vp") -> Path:
     save_checkpoint(
         run / "checkpoints" / "step_000000001",
         {CLASSIFIER_WEIGHTS: classifier},
-        {**description, "class_names": CLASSES},
+        {**description, "class_names": CLASSES, "resolution": SHAPE[-1]},
     )
     return run
 
