@@ -35,6 +35,9 @@ class Job:
 
     Its label is ``labels[i]``, where they are given, and its prompt ``prompts.captions[i]``; both are gone through
     again and again.
+
+    Raises:
+        UserError: there is guidance, and nothing for it to steer towards.
     """
 
     model: TrainedModel
@@ -44,6 +47,10 @@ class Job:
     first_seed: int
     batch_size: int
     prompts: Prompts | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler.guidance_scale != 1 and not self.model.class_names and self.prompts is None:
+            raise cli.UserError("guidance steers towards prompts; give --prompt or --prompts, or leave --guidance out")
 
     def sample(self, numbers: Sequence[int], callback: Callback | None = None) -> Tensor:
         """Samples of x_0, (B, C, s, s), of the images with these numbers."""
@@ -57,6 +64,11 @@ class Job:
     def text_of(self, numbers: Sequence[int]) -> Text | None:
         """The texts of the images with these numbers."""
         return self.prompts.of(list(numbers)) if self.prompts is not None else None
+
+    def captions_of(self, numbers: Sequence[int]) -> list[str]:
+        """The prompts of the images with these numbers as they were written, "" where there are none."""
+        prompts = self.prompts.captions if self.prompts is not None else [""]
+        return [prompts[number % len(prompts)] for number in numbers]
 
     @property
     def num_steps(self) -> int:
@@ -76,8 +88,6 @@ def job_of(flags: argparse.Namespace, device: torch.device) -> Job:
     sampler = sampler_of(flags)
     model = open_model(flags.checkpoint, sampler, device, flags.decoder)
     labels, prompts = labels_of(flags.labels, model), prompts_of(flags, model)
-    if sampler.guidance_scale != 1 and not model.class_names and prompts is None:
-        raise cli.UserError("--guidance steers towards prompts; give --prompt or --prompts, or leave it out")
     return Job(model, sampler, labels, flags.num_images, flags.seed, flags.batch_size, prompts)
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.latents import describe_latents, pack_moments
+from autoencoder.latents import describe_latents, pack_caption, pack_moments
 from autoencoder.light_decoder import add_decoder_flag
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
@@ -125,8 +125,9 @@ def save_latents(accelerator: Accelerator, job: Job, out: Path) -> None:
     with ShardWriter(out, "latents", class_names=class_names, details=details) as writer:
         for numbers, x_0 in generate(accelerator, job):
             labels = job.labels_of(numbers) or [-1] * len(numbers)
-            for label, moments in zip(labels, torch.cat([x_0, torch.zeros_like(x_0)], dim=1).cpu()):
-                writer.write(pack_moments(moments, label=label))
+            points = torch.cat([x_0, torch.zeros_like(x_0)], dim=1).cpu()
+            for label, caption, moments in zip(labels, job.captions_of(numbers), points):
+                writer.write(pack_moments(moments, label=label) | pack_caption(caption))
 
 
 def parse_flags() -> argparse.Namespace:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards import ShardSet
+from data_prep.urls import public_name
 from ldgan.engine.cli import UserError
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.seeding import generator
@@ -38,19 +39,20 @@ class Agreement(NamedTuple):
     num_points: int
 
 
-def read_captions(path: Path, num_images: int | None) -> list[str]:
+def read_captions(path: Path | str, num_images: int | None) -> list[str]:
     """The captions of the first ``num_images`` (None: all) images in shards, by number; "" where there is none.
 
     Raises:
         UserError: these are no image shards, or have fewer than two different captions.
     """
     shards = ShardSet.open(path)
+    name = public_name(path)
     if shards.manifest.kind != "images" or not shards.manifest.has_captions:
-        raise UserError(f"{path}: --metrics text needs captions; give image shards that have some as --reference")
+        raise UserError(f"{name}: --metrics text needs captions; give image shards that have some as --reference")
     numbers = range(len(shards))[:num_images]
     captions = [shards.read(number).get("txt", b"").decode(errors="replace").strip() for number in numbers]
     if len(prompts_of_captions(captions)) < 2:
-        raise UserError(f"{path}: --metrics text compares images of different captions, and there are not two")
+        raise UserError(f"{name}: --metrics text compares images of different captions, and there are not two")
     return captions
 
 

@@ -433,6 +433,8 @@ def test_prompts_are_encoded_by_the_text_encoder_that_travels_along(
     assert torch.equal(saved.sample_latents(2), saved.model.sample([0, 1]))  # without prompts
     with pytest.raises(UserError, match="there are no prompts; give one or more"):
         saved.sample(1, prompts=[])
+    with pytest.raises(UserError, match="guidance steers towards prompts; give --prompt"):
+        saved.sample(1, guidance=2.0)
 
 
 EXAMPLES = [test for test in doctest.DocTestFinder().find(LatentDDGAN, module=module) if test.examples]

@@ -466,6 +466,10 @@ def check_samples(model: TrainedModel) -> None:
         for prompts in (None, job.prompts, Prompts(PROMPTS[::-1], text))
     }
     assert len(fingerprints) == 3
+    with pytest.raises(UserError, match="guidance steers towards prompts"):
+        replace(job, sampler=SamplerConfig(guidance_scale=2.0), prompts=None)
+    assert job.captions_of([0, 3]) == PROMPTS
+    assert replace(job, prompts=None).captions_of([0, 3]) == ["", ""]
 
     with pytest.raises(UserError, match="there are no prompts"):
         model.encode_prompts([])
