@@ -26,7 +26,16 @@ from PIL import Image
 
 from data_prep.images import IMAGE_FORMATS, image_member
 from data_prep.remote import Cache, RemoteFile, RemoteFolder
-from data_prep.shards import MANIFEST_NAME, Manifest, ShardInfo, member_name, tar_members
+from data_prep.shards import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardInfo,
+    load_array,
+    load_text,
+    member_name,
+    tar_members,
+    text_shape,
+)
 from data_prep.urls import path_or_url
 from data_prep.workers import map_in_processes
 from ldgan.engine import cli
@@ -154,9 +163,7 @@ def _check_file(path: Path, shard: ExpectedShard) -> ShardReport:
         return ShardReport([f"{path.name}: cannot be read ({error.strerror})"], 0)
     problems = list(_wrong_bytes(found, shard.info))
     numbers, num_captions = [], 0
-    for number, sample in itertools.groupby(
-        _members(path, found.num_bytes, problems), key=lambda member: member.number
-    ):
+    for number, sample in itertools.groupby(_members(path, problems), key=lambda member: member.number):
         members = _one_of_each(number, sample, path, problems)
         numbers.append(number)
         num_captions += "txt" in members
@@ -178,14 +185,12 @@ class _Member(NamedTuple):
     content: bytes
 
 
-def _members(path: Path, num_bytes: int, problems: list[str]) -> Iterator[_Member]:
-    """Yield the members of a tar of ``num_bytes`` up to its end or damage; adds to ``problems``."""
+def _members(path: Path, problems: list[str]) -> Iterator[_Member]:
+    """Yield the members of a tar up to its end or damage; adds to ``problems``."""
     with path.open("rb") as file:
         try:
             for member in tar_members(file):
                 name = member_name(member)
-                if member.offset_data + member.size > num_bytes:
-                    raise ValueError(f"ends within member {member.name}")
                 if name is None:
                     problems.append(f"{path.name}: unexpected member {member.name!r}")
                 else:
@@ -223,7 +228,7 @@ def _wrong_samples(found: list[int], expected: range) -> Iterator[str]:
 def _wrong_content(members: Mapping[str, bytes], shard: ExpectedShard) -> Iterator[str]:
     """Say what is wrong with a sample."""
     content = ("image", _check_image) if shard.kind == "images" else ("latents", _check_latents)
-    for what, check in (content, ("label", _check_label), ("caption", _check_caption)):
+    for what, check in (content, ("label", _check_label), ("caption", _check_caption), ("embedding", _check_text)):
         try:
             check(members, shard)
         except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -246,7 +251,7 @@ def _check_latents(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
     """Moments are (2C, h, w), mean and standard deviation, or a pair of these; see `data_prep.loader.LatentDataset`."""
     if "npy" not in members:
         raise ValueError(f"no npy among its members: {', '.join(members)}")
-    moments = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
+    moments = load_array(members["npy"])
     if moments.ndim not in (3, 4) or not np.issubdtype(moments.dtype, np.floating):
         raise ValueError(f"an array of {moments.dtype} of shape {moments.shape}")
     if (shape := shard.details.get("latent_shape")) is not None:
@@ -268,6 +273,14 @@ def _check_label(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
 
 def _check_caption(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
     members.get("txt", b"").decode("utf-8")
+
+
+def _check_text(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
+    """A caption's embedding is of the encoder that the manifest names; see `data_prep.loader.LatentDataset`."""
+    if "text.npy" in members:
+        if (shape := text_shape(shard.details)) is None:
+            raise ValueError("there is one, and the manifest names no text encoder")
+        load_text(members["text.npy"], *shape)
 
 
 def parse_args() -> argparse.Namespace:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_prep.images import IMAGE_FORMATS, image_member
-from data_prep.shards import ShardSet, load_array
+from data_prep.shards import ShardSet, load_array, load_text, text_shape
 from ldgan.engine.cli import UserError
 from ldgan.engine.session import RunConfig
 from ldgan.engine.shares import batches, share
@@ -278,15 +278,15 @@ def _label(sample: dict[str, bytes]) -> int:
 
 def _text_shape(shards: ShardSet) -> tuple[int, int]:
     """The rows of an embedding at most, 1 + max_tokens, and their dimension."""
-    text = shards.manifest.details.get("text")
-    if text is None:
+    try:
+        shape = text_shape(shards.manifest.details)
+    except ValueError as error:
+        raise UserError(f"{shards.folder}: {error} in its manifest; restore it or encode again") from error
+    if shape is None:
         raise UserError(
             f"{shards.folder}: holds no embeddings of captions; encode captioned images with --text-encoder PATH"
         )
-    max_tokens, dim = (text.get(key) if isinstance(text, dict) else None for key in ("max_tokens", "dim"))
-    if type(max_tokens) is not int or type(dim) is not int or min(max_tokens, dim) < 1:
-        raise UserError(f'{shards.folder}: "text" in its manifest is damaged; restore it or encode again')
-    return 1 + max_tokens, dim
+    return shape
 
 
 def _text(sample: dict[str, bytes], num_rows: int, dim: int) -> dict[str, Tensor]:
@@ -294,11 +294,7 @@ def _text(sample: dict[str, bytes], num_rows: int, dim: int) -> dict[str, Tensor
     embedding = np.zeros((num_rows, dim), np.float16)
     num_there = 0
     if "text.npy" in sample:
-        found = np.load(io.BytesIO(sample["text.npy"]), allow_pickle=False)
-        if found.dtype != np.float16 or found.ndim != 2 or found.shape[1] != dim or not 2 <= len(found) <= num_rows:
-            raise ValueError(f"text of {found.dtype} {found.shape}, not float16 (2 to {num_rows}, {dim})")
-        if not np.isfinite(found).all():
-            raise ValueError("text that is not finite")
+        found = load_text(sample["text.npy"], num_rows, dim)
         num_there = len(found)
         embedding[:num_there] = found
     return {"text": torch.from_numpy(embedding), "text_mask": torch.arange(num_rows) < num_there}

@@ -43,6 +43,7 @@ MAX_MANIFEST_BYTES = 1 << 27  # a shard takes some 200 bytes
 MAX_SAMPLES = 10**9  # as many as names of nine digits can tell apart
 # Of a member's long name or attributes. Python 3.11 takes time and memory by the square of this (CVE-2024-6232).
 MAX_HEADER_BYTES = 1 << 14
+MAX_TEXT_NUMBERS = 1 << 24  # of a caption's embedding; T5-XXL's 512 tokens have 1 << 21
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
@@ -553,9 +554,36 @@ def load_array(content: bytes) -> np.ndarray:
     if (version := np.lib.format.read_magic(file)) != (1, 0):
         raise ValueError(f"an npy file of version {version}; numpy.save writes (1, 0) for plain arrays")
     shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which only a pickle could hold")
     if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
         raise ValueError(f"{len(content) - file.tell():,} bytes for an array of {dtype} of shape {shape}")
     return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def load_text(content: bytes, num_rows: int, dim: int) -> np.ndarray:
+    """The embedding of a caption, float16 (2 to ``num_rows``, ``dim``), of a ``text.npy`` member; else ValueError."""
+    rows = load_array(content)
+    if rows.dtype != np.float16 or rows.ndim != 2 or rows.shape[1] != dim or not 2 <= len(rows) <= num_rows:
+        raise ValueError(f"text of {rows.dtype} {rows.shape}, not float16 (2 to {num_rows}, {dim})")
+    if not np.isfinite(rows).all():
+        raise ValueError("text that is not finite")
+    return rows
+
+
+def text_shape(details: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows of a caption's embedding at most, 1 + max_tokens, and their dimension, by a manifest's details.
+
+    None where captions are not embedded; ValueError where the details cannot be true.
+    """
+    if (text := details.get("text")) is None:
+        return None
+    max_tokens, dim = (text.get(key) if isinstance(text, dict) else None for key in ("max_tokens", "dim"))
+    if type(max_tokens) is not int or type(dim) is not int or min(max_tokens, dim) < 1:
+        raise ValueError('"text" is damaged')
+    if (1 + max_tokens) * dim > MAX_TEXT_NUMBERS:
+        raise ValueError(f'"text" promises captions of {max_tokens} x {dim} numbers')
+    return 1 + max_tokens, dim
 
 
 def _damaged(shard: Path | str, reason: object) -> UserError:

@@ -371,5 +371,5 @@ def test_an_array_is_what_numpy_saved(order):
 def test_an_array_of_objects_is_not_unpickled(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"an": "object"}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="bytes for an array of object"):
+    with pytest.raises(ValueError, match="an array of Python objects"):
         load_array(buffer.getvalue())
