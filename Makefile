@@ -33,7 +33,7 @@ compare: quickstart
 	$(BIN)/python ldgan/compare.py --config configs/compare/stacked_mnist.yaml --out $(RUNS)/comparison
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(BIN)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 
@@ -53,7 +54,20 @@ def run(main: Callable[[], None]) -> NoReturn:
             f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command",
             2,
         )
+    finally:
+        _leave_processes()
     sys.exit(0)
+
+
+def _leave_processes() -> None:
+    """Close the connections to the other processes of a command.
+
+    Left to the interpreter's end, a thread that still listens to one that has ended may abort this process.
+    """
+    distributed = sys.modules.get("torch.distributed")  # not imported here, as it takes seconds
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        with suppress(RuntimeError):  # of one that is gone already
+            distributed.destroy_process_group()
 
 
 def _fail(message: str, status: int) -> NoReturn:
