@@ -127,14 +127,16 @@ def _to_config(settings: Mapping[str, Any], path: Path) -> AutoencoderConfig:
 
     def demand(condition: bool, key: str, expected: str) -> None:
         if not condition:
-            raise UserError(f"{path}: {key} is {settings[key]!r}, and only {expected} can be loaded")
+            raise UserError(f"{path}: {key} is {settings[key]!r:.200}, and only {expected} can be loaded")
 
     widths = settings["block_out_channels"]
     integers = isinstance(widths, list) and all(type(width) is int and width > 0 for width in widths)
     demand(integers and len(widths) > 0, "block_out_channels", "a list of whole numbers")
     demand(settings["act_fn"] in ("silu", "swish"), "act_fn", "'silu'")
     demand(
-        settings["out_channels"] == settings["in_channels"], "out_channels", f"in_channels' {settings['in_channels']}"
+        settings["out_channels"] == settings["in_channels"],
+        "out_channels",
+        f"in_channels' {settings['in_channels']!r:.80}",
     )
     quant_conv = settings["use_quant_conv"]
     demand(settings["use_post_quant_conv"] == quant_conv, "use_post_quant_conv", f"use_quant_conv's {quant_conv}")

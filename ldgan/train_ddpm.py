@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from data_prep.loader import batches_of_run
 from ldgan.data import ConditionalDataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
 from ldgan.ddpm_training import DDPMTrainer, Denoising
+from ldgan.descriptions import MAX_TIMESTEPS
 from ldgan.diffusion import build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import Stateful
@@ -69,8 +70,8 @@ class TrainConfig(ConditionalDataConfig):
         """Raise a UserError for settings that contradict each other."""
         super().validate()
         self.evaluation.validate()
-        if self.num_timesteps < 1:
-            raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 or more (1000 is usual)")
+        if not 1 <= self.num_timesteps <= MAX_TIMESTEPS:
+            raise cli.UserError(f"num_timesteps is {self.num_timesteps}; choose 1 to {MAX_TIMESTEPS:,} (1000 is usual)")
         remaining = float(build_diffusion(self.schedule, self.num_timesteps).alphas_bar[-1])
         if remaining > MAX_REMAINING_SIGNAL:
             raise cli.UserError(

@@ -9,17 +9,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+MAX_MESSAGE_CHARACTERS = 5000
+
 
 class UserError(Exception):
     """Something the person at the keyboard can mend.
 
     The message is one line that says what was wrong, where, and what to do. Commands print it without a
     traceback and exit with status 2. It may quote what a stranger wrote: line breaks become spaces, and codes that
-    would steer the terminal are spelt out.
+    would steer the terminal are spelt out, and what goes on for screens is cut.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(map(_printable, message)))
+        shown = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
+        super().__init__("".join(map(_printable, shown)))
 
 
 def _printable(character: str) -> str:

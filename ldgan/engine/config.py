@@ -31,6 +31,7 @@ __all__ = [
     "load_config",
     "option",
     "parse_yaml",
+    "read_yaml",
     "to_dict",
     "to_yaml",
 ]
@@ -72,7 +73,7 @@ def load_config(schema: type[T], yaml_path: Path | None, overrides: Sequence[str
     """
     config = OmegaConf.structured(schema)
     if yaml_path is not None:
-        _assign(config, schema, _read_yaml(yaml_path), str(yaml_path))
+        _assign(config, schema, read_yaml(yaml_path), str(yaml_path))
     for override in overrides:
         _assign(config, schema, _read_override(override), COMMAND_LINE)
     return _finish(config, schema)
@@ -197,7 +198,8 @@ def _shorten(text: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds, as `parse_yaml` does; a UserError where it cannot be read."""
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(MAX_YAML_CHARACTERS + 1)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from ldgan.engine.checkpoint import DESCRIPTION_FILE, DamagedCheckpointError, check_checkpoint
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import flatten, parse_yaml
+from ldgan.engine.config import flatten, parse_yaml, read_yaml
 from ldgan.engine.files import remove_folder, temporary_name, write_atomically
 
 STEP_FOLDER = re.compile(r"step_(\d{9,})")
@@ -181,7 +181,7 @@ class RunFolder:
         return name
 
     def _check_same_config(self, config_yaml: str, may_change: Collection[str]) -> None:
-        old = flatten(parse_yaml(self.config_path.read_text(encoding="utf-8"), str(self.config_path)))
+        old = flatten(read_yaml(self.config_path))
         new = flatten(parse_yaml(config_yaml, "the config asked for"))
         different = [
             f"{key}: {old.get(key, 'nothing')} in the run, {new.get(key, 'nothing')} asked"

@@ -52,3 +52,7 @@ def test_positive_numbers() -> None:
     for text in ("0", "-3"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} is not at least 1"):
             cli.positive(text)
+
+
+def test_a_message_without_end_is_cut() -> None:
+    assert str(cli.UserError("x" * 10**6)) == "x" * 5000 + "..."

@@ -77,6 +77,12 @@ def test_a_run_killed_while_it_wrote_its_config_is_no_foreign_folder(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_a_config_that_is_no_text_is_named(run: RunFolder) -> None:
+    run.config_path.write_bytes(b"network: \xed\xff")
+    with pytest.raises(UserError, match=r"config.yaml: cannot read the config: 'utf-8' codec"):
+        RunFolder.create_or_resume(run.path, CONFIG)
+
+
 def test_latest_is_the_highest_complete_step(run: RunFolder) -> None:
     assert run.latest_checkpoint() is None
     save(run, 2000, 10_000_000_000, 900)

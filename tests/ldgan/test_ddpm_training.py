@@ -331,7 +331,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_weights(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["num_timesteps=0"], "num_timesteps is 0; choose 1 or more"),
+        (["num_timesteps=0"], "num_timesteps is 0; choose 1 to 100,000"),
+        (["num_timesteps=100000000000000000000"], "choose 1 to 100,000"),
         (["num_timesteps=100"], "leaves 36% of the data's variance in x_T (schedule=linear); choose more"),
         (["network.z_dim=8"], "network.z_dim is 8, but a DDPM draws no z"),
         (["vlb_weight=-1"], "vlb_weight is -1.0 and max_gradient_norm 1.0; choose 0 or more"),
