@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards import Manifest, ShardFile, ShardInfo
+from data_prep.shards import Manifest, ShardFile, ShardInfo, shard_name
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import commit, new_folder, temporary_name, write_atomically, writing_to
 from ldgan.engine.shares import batches
@@ -177,7 +177,7 @@ class ResumableShards:
             return None
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:06d}.tar"
+        return self.folder / shard_name(shard)
 
     def _record_path(self, shard: int) -> Path:
         return self.folder / f".shard-{shard:06d}.json"

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from ldgan.engine.cli import UserError
-from ldgan.engine.files import commit, new_folder, temporary_name
+from ldgan.engine.files import commit, new_folder, sha256_of_file, temporary_name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -108,7 +108,7 @@ class TextEncoder:
         """SHA-256 (hex) over weights, configuration, tokenizer files and pooling: equal for equal embeddings."""
         digest = hashlib.sha256(repr(self._pooling).encode())
         for name in _network_files(self.folder):
-            digest.update(f"{name}\0{_sha256(self.folder / name)}\0".encode())
+            digest.update(f"{name}\0{sha256_of_file(self.folder / name)}\0".encode())
         return digest.hexdigest()
 
     @property
@@ -345,11 +345,3 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

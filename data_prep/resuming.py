@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from data_prep.processes import ALONE, Processes
-from data_prep.shards import ShardInfo, ShardWriter
+from data_prep.shards import ShardInfo, ShardWriter, shard_name
 from ldgan.engine.cli import UserError
 
 JOURNAL_NAME = ".unfinished.jsonl"  # of the main process
@@ -99,18 +99,18 @@ class ResumableShardWriter(ShardWriter):
         self._has_captions |= "txt" in sample
         if self.num_samples % self._samples_per_shard == 0:
             self._take_notes()  # the next ones are to be of the next shard alone
-            self._shards.append(ShardInfo(_shard_name(len(self._shards)), 0, 0, ""))  # until `_finish`
+            self._shards.append(ShardInfo(shard_name(len(self._shards)), 0, 0, ""))  # until `_finish`
 
     def _writes(self, number: int) -> bool:
         """Whether it falls to this process to write a shard."""
-        return number % self._processes.count == self._processes.index and _shard_name(number) not in self._finished
+        return number % self._processes.count == self._processes.index and shard_name(number) not in self._finished
 
     def _restore(self) -> None:
         """Take over what the journals say is finished; what is not goes away."""
         if _cut_torn_line(self._journal):
             self._write_line(self._settings)
         self._finished = self._read_journals()
-        while (name := _shard_name(len(self._shards))) in self._finished:
+        while (name := shard_name(len(self._shards))) in self._finished:
             self._take_over(self._finished[name])
         if self._processes.is_main:
             for path in self.folder.glob("*.tar"):
@@ -175,7 +175,7 @@ class ResumableShardWriter(ShardWriter):
         if self._processes.is_main:
             finished = self._read_journals()
             num_shards = math.ceil(self.num_samples / self._samples_per_shard)
-            self._shards = [finished[_shard_name(number)].shard for number in range(num_shards)]
+            self._shards = [finished[shard_name(number)].shard for number in range(num_shards)]
             shutil.rmtree(self.scratch, ignore_errors=True)
             super()._finish()
             for path in self.out.glob(_JOURNAL_PATTERN):
@@ -204,10 +204,6 @@ class _Finished:
     def of_json(cls, fields: Mapping[str, Any]) -> _Finished:
         """Raises KeyError or TypeError for what is no such line."""
         return cls(**{**fields, "shard": ShardInfo(**fields["shard"])})
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
 
 
 def _lock(journal: TextIO, out: Path) -> None:

@@ -34,6 +34,7 @@ import numpy as np
 
 from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
+from ldgan.engine.files import sha256_of_file
 
 FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
@@ -63,11 +64,7 @@ class ShardInfo:
     @classmethod
     def of_file(cls, path: Path, num_samples: int) -> ShardInfo:
         """What the manifest should say of a file, which is read; raises OSError."""
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            return cls(path.name, num_samples, file.tell(), digest.hexdigest())
+        return cls(path.name, num_samples, path.stat().st_size, sha256_of_file(path))
 
     def check(self) -> None:
         """Raise ValueError for what cannot be true of a shard."""
@@ -202,6 +199,11 @@ def _read_at_most(path: Path, max_bytes: int) -> bytes:
     return content
 
 
+def shard_name(number: int) -> str:
+    """The file name of shard ``number`` of a set."""
+    return f"shard-{number:06d}.tar"
+
+
 class ShardWriter:
     """Writes a shard set; a context manager that leaves ``out`` either complete or absent.
 
@@ -252,7 +254,7 @@ class ShardWriter:
         if unknown := set(sample).difference(EXTENSIONS):
             raise ValueError(f"unknown extensions {sorted(unknown)}; known are {', '.join(EXTENSIONS)}")
         if self._shard is None:
-            self._shard = ShardFile(self.folder / f"shard-{len(self._shards):06d}.tar")
+            self._shard = ShardFile(self.folder / shard_name(len(self._shards)))
         self._shard.write(self.num_samples, sample)
         self.num_samples += 1
         self._has_captions |= "txt" in sample

@@ -16,13 +16,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from autoencoder.light_decoder import add_decoder_flag
-from data_prep.images import read_picture, resize_and_crop
+from data_prep.images import read_picture
 from data_prep.sources import IMAGE_SUFFIXES
 from ldgan import editing
 from ldgan.engine import cli
@@ -32,11 +31,11 @@ from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import add_precision_flag, make_accelerator
 from ldgan.engine.shares import batches
 from ldgan.generation import Job, add_sampler_flags, job_of
+from ldgan.pictures import MASKED, to_images, to_masks
 
 GRID_FILE, MAX_GRID_ROWS = "grid.png", 16
 ALPHA = "alpha"  # in place of a mask: the image's own transparency
 ALPHA_FORMATS = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
-THRESHOLD = 128  # of 255: masks as white as this are made anew, images less opaque than this as well
 DEFAULT_STRENGTH = 0.5
 
 EXAMPLES = """
@@ -146,7 +145,7 @@ def interpolate(job: Job, flags: argparse.Namespace) -> Result:
         flags.to,
         job.num_images,
         along=flags.along,
-        **conditions_of(job, [0] * job.num_images),
+        **job.conditions_of([0] * job.num_images),
     )
     return Result({f"frame_{number:04d}": frame for number, frame in enumerate(frames)}, list(frames), len(frames))
 
@@ -159,19 +158,14 @@ def mix(job: Job, flags: argparse.Namespace) -> Result:
         range(job.num_images),
     )
     pairs = [(number, style) for number in numbers for style in styles]
-    conditions = conditions_of(job, [number for number, _ in pairs])
+    conditions = job.conditions_of([number for number, _ in pairs])
     seeds = [job.first_seed + number for number, _ in pairs]
     mixed = editing.mix_styles(model, seeds, [style for _, style in pairs], switch_step=flags.switch_step, **conditions)
     own = model.decode(job.sample(numbers))
-    heads = model.decode(model.sample(styles, **conditions_of(job, [0] * len(styles))))
+    heads = model.decode(model.sample(styles, **job.conditions_of([0] * len(styles))))
     rows = [row for number in numbers for row in (own[number], *mixed[number * len(styles) :][: len(styles)])]
     names = [f"seed_{seed}_style_{style}" for seed, (_, style) in zip(seeds, pairs)]
     return Result(dict(zip(names, mixed)), [torch.zeros_like(own[0]), *heads, *rows], 1 + len(styles))
-
-
-def conditions_of(job: Job, numbers: Sequence[int]) -> dict[str, Any]:
-    """Label, sampler and text of the rows with these numbers, as functions of `ldgan.editing` take them."""
-    return {"labels": job.labels_of(numbers), "sampler": job.sampler, "text": job.text_of(numbers)}
 
 
 def variants(
@@ -190,7 +184,7 @@ def variants(
             numbers = [pair % job.num_images for pair in pairs]
             seeds = [job.first_seed + number for number in numbers]
             chosen = [inputs[pair // job.num_images] for pair in pairs]
-            made.extend(work(chosen, seeds, conditions_of(job, numbers)))
+            made.extend(work(chosen, seeds, job.conditions_of(numbers)))
             bar.advance(len(pairs))
     images: dict[str, Tensor] = {}
     grid: list[Tensor] = []
@@ -227,10 +221,7 @@ def read_input(path: Path, resolution: int, mask: str | None) -> Input:
     marked = read_mask(mask, path, size) if mask is not None else Image.new("L", size)
     if size != (resolution, resolution):
         print(f"{path}: {size[0]} x {size[1]} pixels, scaled and cropped to {resolution} x {resolution}")
-        image = resize_and_crop(image, resolution)
-        marked = resize_and_crop(marked, resolution, "box")  # a pixel with anything marked in it is marked
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    where = torch.from_numpy(np.array(marked))[None] > 0
+    pixels, where = to_images([image], resolution)[0], to_masks([marked], resolution)[0]
     if mask is not None and not bool(where.any()):
         raise cli.UserError(f"--mask {mask}: marks nothing of {path}; paint white what is to be made anew")
     return Input(path.stem, pixels, where)
@@ -254,7 +245,7 @@ def read_mask(mask: str, path: Path, size: tuple[int, int]) -> Image.Image:
             f"--mask {mask}: {marked.width} x {marked.height} pixels, but {path} has {size[0]} x {size[1]};"
             " make them the same size"
         )
-    return marked.point(lambda level: 255 * (level >= THRESHOLD))
+    return marked.point(lambda level: 255 * (level >= MASKED))
 
 
 def _transparent(path: Path) -> Image.Image:
@@ -262,7 +253,7 @@ def _transparent(path: Path) -> Image.Image:
     with suppress(UnidentifiedImageError), Image.open(path, formats=ALPHA_FORMATS) as opened:
         if opened.has_transparency_data:
             alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
-            return alpha.point(lambda level: 255 * (level < THRESHOLD))
+            return alpha.point(lambda level: 255 * (level < MASKED))
     raise cli.UserError(f"--mask {ALPHA}: {path} has no transparency; give a mask as a file")
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -64,6 +64,10 @@ class Job:
     def text_of(self, numbers: Sequence[int]) -> Text | None:
         """The texts of the images with these numbers."""
         return self.prompts.of(list(numbers)) if self.prompts is not None else None
+
+    def conditions_of(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """What the images with these numbers show and how they are sampled, as `ldgan.editing` takes it."""
+        return {"labels": self.labels_of(numbers), "text": self.text_of(numbers), "sampler": self.sampler}
 
     def captions_of(self, numbers: Sequence[int]) -> list[str]:
         """The prompts of the images with these numbers as they were written, "" where there are none."""

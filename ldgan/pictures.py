@@ -26,7 +26,7 @@ uint8 (not 0) arrays and tensors (H, W) or (B, H, W), tensors also (B, 1, H, W),
 Output = Literal["pil", "numpy", "tensor"]
 """What images come as: a list of PIL images, a uint8 array (B, H, W, 3), or a uint8 tensor (B, 3, H, W) on the CPU."""
 
-MASKED = 128  # of 255: from here on a grey level says "new"
+MASKED = 128  # of 255: from here on a grey level says "new", as does an opacity below it
 
 
 def open_pictures(pictures: Pictures) -> list[Image.Image]:

@@ -416,7 +416,7 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
         to_output = one_of("output", output, OUTPUTS)
         job = self._job(num_frames, **settings)
         with self._autocast():
-            how = conditions_of(job, [0] * num_frames)
+            how = job.conditions_of([0] * num_frames)
             return to_output(editing.interpolate(self.model, seed_a, seed_b, num_frames, along=along, **how))
 
     def mix_styles(
@@ -497,18 +497,13 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
             for numbers in batches(range(job.num_images), job.batch_size):
                 rows = [[number % len(tensor) for number in numbers] for tensor in given]
                 inputs = [tensor[row] for tensor, row in zip(given, rows)]
-                parts.append(edit(self.model, *inputs, seeds_of(job, numbers), **conditions_of(job, numbers), **how))
+                parts.append(edit(self.model, *inputs, seeds_of(job, numbers), **job.conditions_of(numbers), **how))
         return to_output(torch.cat(parts))
 
 
 def seeds_of(job: Job, numbers: Sequence[int]) -> list[int]:
     """The seeds of the images with these numbers."""
     return [job.first_seed + number for number in numbers]
-
-
-def conditions_of(job: Job, numbers: Sequence[int]) -> dict[str, Any]:
-    """What the images with these numbers show and how they are sampled, as `ldgan.editing` takes it."""
-    return {"labels": job.labels_of(numbers), "text": job.text_of(numbers), "sampler": job.sampler}
 
 
 def one_of(name: str, value: Any, possible: Any) -> Any:
