@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.decoding import (
+from autoencoder.inference.decoding import (
     ImageFiles,
     ImageShards,
     Output,
@@ -28,12 +28,12 @@ from autoencoder.decoding import (
     finish,
     unfinished_blocks,
 )
-from autoencoder.latents import check_latents
-from autoencoder.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from autoencoder.resumable import batches_of_blocks
-from autoencoder.tiling import decode_tiled
+from autoencoder.inference.latents import check_latents
+from autoencoder.inference.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
+from autoencoder.inference.resumable import batches_of_blocks
+from autoencoder.inference.tiling import decode_tiled
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
 from data_prep.loader import LatentDataset
 from data_prep.shards import ShardSet
 from ldgan.engine import cli

@@ -18,9 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from autoencoder.distillation import DistillationTrainer, agreement_metrics, measure_agreement, posterior_moments
-from autoencoder.latents import check_latents
-from autoencoder.light_decoder import (
+from autoencoder.inference.latents import check_latents
+from autoencoder.inference.light_decoder import (
     KIND,
     WEIGHTS,
     LightDecoder,
@@ -28,9 +27,15 @@ from autoencoder.light_decoder import (
     build_light_decoder,
     light_decoder_folder,
 )
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from autoencoder.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
+from autoencoder.training.distillation import (
+    DistillationTrainer,
+    agreement_metrics,
+    measure_agreement,
+    posterior_moments,
+)
 from data_prep.loader import ImageDataset, LatentDataset, batches_of_run, sequential_batches
 from data_prep.shards import ShardSet
 from data_prep.urls import check_no_secrets

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from autoencoder.encoding import (
+from autoencoder.inference.encoding import (
     DTYPES,
     CaptionEncoder,
     MomentsEncoder,
@@ -29,10 +29,10 @@ from autoencoder.encoding import (
     precision_line,
     shard_ranges,
 )
-from autoencoder.latents import describe_latents
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.resumable import ResumableShards, begin, finish
-from autoencoder.text import TextEncoder, open_text_encoder
+from autoencoder.inference.latents import describe_latents
+from autoencoder.inference.resumable import ResumableShards, begin, finish
+from autoencoder.inference.text import TextEncoder, open_text_encoder
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from data_prep.loader import ImageDataset
 from data_prep.shards import Manifest, ShardSet
 from ldgan.engine import cli

@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from autoencoder.diffusers_format import is_diffusers_folder
-from autoencoder.evaluation import (
+from autoencoder.evaluation.reconstruction import (
     ACTIVITY_THRESHOLD,
     PSNR,
     Evaluation,
@@ -32,9 +31,10 @@ from autoencoder.evaluation import (
     perceptual_metric,
     reconstruct,
 )
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from autoencoder.perceptual import PERCEPTUAL_NETWORKS, perceptual_network
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.diffusers_format import is_diffusers_folder
+from autoencoder.models.perceptual import PERCEPTUAL_NETWORKS, perceptual_network
 from data_prep.loader import ImageDataset, sequential_batches
 from data_prep.shards import ShardSet
 from ldgan.engine import cli

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 
-from autoencoder.loading import load_autoencoder
+from autoencoder.inference.trained_autoencoder import load_autoencoder
 from ldgan.engine import cli
 
 EXAMPLES = """

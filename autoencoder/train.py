@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from autoencoder.discriminator import PatchDiscriminator
-from autoencoder.latent_statistics import accumulate_moments
-from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint
-from autoencoder.networks import AutoencoderConfig, AutoencoderKL
-from autoencoder.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
-from autoencoder.training import (
+from autoencoder.inference.latent_statistics import accumulate_moments
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint
+from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.discriminator import PatchDiscriminator
+from autoencoder.models.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
+from autoencoder.training.vae import (
     AdversarialConfig,
     Adversary,
     AutoencoderTrainer,

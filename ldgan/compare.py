@@ -30,8 +30,9 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor, nn
 
-from autoencoder.loading import fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import DESCRIPTION_FILE, read_description
 from ldgan.engine.command import parse_command, training_parser
@@ -43,15 +44,14 @@ from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.seeding import noise_from_seeds
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches
-from ldgan.judging import REAL_IMAGES_SEED, Judgement, judge_images, load_judge, real_images
-from ldgan.loading import load_model
+from ldgan.evaluation.judging import REAL_IMAGES_SEED, Judgement, judge_images, load_judge, real_images
+from ldgan.inference.timing import Cost, Spread, make_images
+from ldgan.inference.trained_model import load_model
 from ldgan.metrics.digits import RESOLUTION, TrainedClassifier
 from ldgan.metrics.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from ldgan.metrics.manifold import prdc
 from ldgan.metrics.modes import mode_coverage
-from ldgan.report import Row, console_table, markdown, page, png, trilemma_plot
-from ldgan.sampling import Callback, SamplerConfig
-from ldgan.timing import Cost, Spread, make_images
+from ldgan.reports.trilemma import Row, console_table, markdown, page, png, trilemma_plot
 
 FORMAT = "ldgan comparison 1"  # a kept row of another format is measured anew: what is measured counts it up
 TITLE = "The generative learning trilemma on StackedMNIST"

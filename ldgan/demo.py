@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from autoencoder.light_decoder import add_decoder_flag
+from autoencoder.inference.light_decoder import add_decoder_flag
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.session import add_precision_flag
-from ldgan.generation import check_sampler
-from ldgan.loading import TrainedModel
-from ldgan.sampling import SamplerConfig
+from ldgan.inference.jobs import check_sampler
+from ldgan.inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
-    from ldgan.demo_page import Studio
+    from ldgan.reports.demo_page import Studio
 
 EXAMPLES = """
 examples:
@@ -44,7 +44,7 @@ def main() -> None:
     """Load the model, then serve until Ctrl-C."""
     flags = parse_flags()
     try:
-        from ldgan.demo_page import build_page, serve
+        from ldgan.reports.demo_page import build_page, serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -67,8 +67,8 @@ def main() -> None:
 
 def open_studio(flags: argparse.Namespace) -> Studio:
     """What the page works with; a UserError if the model cannot be sampled in this way."""
-    from ldgan.demo_page import Studio
     from ldgan.pipeline import LatentDDGAN
+    from ldgan.reports.demo_page import Studio
 
     checkpoint = resolve_checkpoint(flags.checkpoint)  # before the pipeline would look for it on the Hub
     try:

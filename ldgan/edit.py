@@ -20,18 +20,18 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from autoencoder.light_decoder import add_decoder_flag
+from autoencoder.inference.light_decoder import add_decoder_flag
 from data_prep.images import read_picture
 from data_prep.sources import IMAGE_SUFFIXES
-from ldgan import editing
 from ldgan.engine import cli
 from ldgan.engine.files import new_folder, writing_to
 from ldgan.engine.images import enlarge, image_grid, save_png
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import add_precision_flag, make_accelerator
 from ldgan.engine.shares import batches
-from ldgan.generation import Job, add_sampler_flags, job_of
-from ldgan.pictures import MASKED, to_images, to_masks
+from ldgan.inference import editing
+from ldgan.inference.jobs import Job, add_sampler_flags, job_of
+from ldgan.inference.pictures import MASKED, to_images, to_masks
 
 GRID_FILE, MAX_GRID_ROWS = "grid.png", 16
 ALPHA = "alpha"  # in place of a mask: the image's own transparency

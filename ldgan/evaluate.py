@@ -24,30 +24,30 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.light_decoder import add_decoder_flag
+from autoencoder.inference.light_decoder import add_decoder_flag
 from data_prep.images import RESIZE_FILTERS
 from data_prep.sources import DIGIT_SOURCES
 from data_prep.urls import path_or_url, public_name
-from ldgan.digit_metrics import MODES_OF_CLASSES, DigitMetrics
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.files import new_folder
 from ldgan.engine.images import save_png
 from ldgan.engine.run import append_evaluation, next_evaluation, resolve_checkpoint, run_of
 from ldgan.engine.session import add_precision_flag, describe_machine, make_accelerator
-from ldgan.evaluation import QUALITY_METRICS, FeatureMeter, Meter, check_number, collect
-from ldgan.evaluation_report import print_result
-from ldgan.feature_metrics import FeatureMetrics
-from ldgan.generation import Job, add_sampler_flags, class_names_of, job_of
-from ldgan.image_sets import ImageSet, Samples, open_images
-from ldgan.judging import DIGITS, load_judge, open_features
-from ldgan.loading import AUTOENCODER_FOLDER
+from ldgan.evaluation.collecting import QUALITY_METRICS, FeatureMeter, Meter, check_number, collect
+from ldgan.evaluation.digit_metrics import MODES_OF_CLASSES, DigitMetrics
+from ldgan.evaluation.feature_metrics import FeatureMetrics
+from ldgan.evaluation.image_sets import ImageSet, Samples, open_images
+from ldgan.evaluation.judging import DIGITS, load_judge, open_features
+from ldgan.evaluation.references import check_size, open_reference
+from ldgan.evaluation.report import print_result
+from ldgan.evaluation.text_metrics import prompts_of_captions, read_captions, text_results
+from ldgan.inference.jobs import Job, add_sampler_flags, class_names_of, job_of
+from ldgan.inference.timing import time_model
+from ldgan.inference.trained_model import AUTOENCODER_FOLDER
 from ldgan.metrics.digits import RESOLUTION
 from ldgan.metrics.features import INCEPTION, add_feature_flags, chosen_features
 from ldgan.metrics.reference import library_versions
-from ldgan.references import check_size, open_reference
-from ldgan.text_metrics import prompts_of_captions, read_captions, text_results
-from ldgan.timing import time_model
 
 COMPARING_METRICS = frozenset({"fid", "kid", "pr", "dc", "neighbours", "text"})  # with real images
 FEATURE_METRICS = COMPARING_METRICS | {"is"}

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoder.light_decoder import LightDecoder, add_decoder_flag
-from autoencoder.networks import AutoencoderKL
-from autoencoder.text import Text
+from autoencoder.inference.light_decoder import LightDecoder, add_decoder_flag
+from autoencoder.inference.text import Text
+from autoencoder.models.autoencoder import AutoencoderKL
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import new_folder, write_through
 from ldgan.engine.seeding import generator
-from ldgan.generation import open_model
-from ldgan.loading import TrainedModel
-from ldgan.sampling import SamplerConfig
+from ldgan.inference.jobs import open_model
+from ldgan.inference.trained_model import TrainedModel
 
 GENERATOR, DECODER, PROCESS = "generator.onnx", "decoder.onnx", "process.json"
 OPSET = 20

@@ -13,21 +13,21 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from autoencoder.light_decoder import light_decoder_folder
-from autoencoder.loading import copy_autoencoder
-from autoencoder.text import copy_text_encoder
-from ldgan import editing
-from ldgan.conditions import Prompts
+from autoencoder.inference.light_decoder import light_decoder_folder
+from autoencoder.inference.text import copy_text_encoder
+from autoencoder.inference.trained_autoencoder import copy_autoencoder
+from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import new_folder
 from ldgan.engine.run import resolve_checkpoint, run_of
 from ldgan.engine.shares import batches
-from ldgan.generation import Job, check_sampler, class_names_of, labels_of, open_model
-from ldgan.loading import AUTOENCODER_FOLDER, TEXT_ENCODER_FOLDER, WEIGHTS, TrainedModel
-from ldgan.model_card import model_card
-from ldgan.pictures import OUTPUTS, Masks, Output, Pictures, open_masks, open_pictures, to_images, to_masks
-from ldgan.sampling import Callback, SamplerConfig
+from ldgan.inference import editing
+from ldgan.inference.jobs import Job, check_sampler, class_names_of, labels_of, open_model
+from ldgan.inference.model_card import model_card
+from ldgan.inference.pictures import OUTPUTS, Masks, Output, Pictures, open_masks, open_pictures, to_images, to_masks
+from ldgan.inference.trained_model import AUTOENCODER_FOLDER, TEXT_ENCODER_FOLDER, WEIGHTS, TrainedModel
+from ldgan.models.conditions import Prompts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,14 +19,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.latents import describe_latents, pack_caption, pack_moments
-from autoencoder.light_decoder import add_decoder_flag
+from autoencoder.inference.latents import describe_latents, pack_caption, pack_moments
+from autoencoder.inference.light_decoder import add_decoder_flag
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.files import BackgroundWrites, new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
 from ldgan.engine.session import add_precision_flag, make_accelerator
-from ldgan.generation import Job, add_sampler_flags, class_names_of, generate, generate_images, job_of
+from ldgan.inference.jobs import Job, add_sampler_flags, class_names_of, generate, generate_images, job_of
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
 STEPS_FILE, MAX_STEPS_ROWS, MAX_STEPS_COLUMNS = "steps.png", 8, 10

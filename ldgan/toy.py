@@ -32,10 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ldgan.blocks import initialise
-from ldgan.data import DataSource
-from ldgan.diffusion import Diffusion, vp_betas
-from ldgan.discriminator import Discriminator
+from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.engine import cli
 from ldgan.engine.ema import EMA
 from ldgan.engine.files import new_folder, write_atomically
@@ -43,11 +40,14 @@ from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.seeding import generator as random_generator
 from ldgan.engine.session import make_accelerator
-from ldgan.loading import TrainedModel
-from ldgan.mixtures import GaussianMixture, GridQuality, grid_quality, histogram_masses, total_variation
-from ldgan.networks import UNet
-from ldgan.toy_plots import DenoisingPanel, GridPanel, denoising_plot, grid_plot
-from ldgan.training import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
+from ldgan.inference.trained_model import TrainedModel
+from ldgan.models.blocks import initialise
+from ldgan.models.discriminator import Discriminator
+from ldgan.models.unet import UNet
+from ldgan.reports.mixtures import GaussianMixture, GridQuality, grid_quality, histogram_masses, total_variation
+from ldgan.reports.toy_plots import DenoisingPanel, GridPanel, denoising_plot, grid_plot
+from ldgan.training.data import DataSource
+from ldgan.training.gan import DiffusionGANTrainer, LossConfig, PhasesConfig, Players
 
 TINY_STEPS, LARGE_STEPS = 1000, (8, 4, 2, 1)  # T of DDPM, and of ldgan/train.py
 
@@ -145,7 +145,7 @@ class TimedPerceptron(nn.Module):
 
 
 class PointGenerator(nn.Module):
-    """G(x_t, z, t) -> estimate of x_0, for points (B, d, 1, 1); called like `ldgan.networks.UNet`."""
+    """G(x_t, z, t) -> estimate of x_0, for points (B, d, 1, 1); called like `UNet`."""
 
     num_classes = text_dim = 0
 
@@ -161,7 +161,7 @@ class PointGenerator(nn.Module):
 
 
 class PointDiscriminator(nn.Module):
-    """D(x_{t-1}, x_t, t) -> logit (B,), for points (B, d, 1, 1); called like `ldgan.discriminator.Discriminator`."""
+    """D(x_{t-1}, x_t, t) -> logit (B,), for points (B, d, 1, 1); called like `Discriminator`."""
 
     def __init__(self, *, channels: int, num_octaves: int, **sizes: Any) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def with_waves(x: Tensor, num_octaves: int) -> Tensor:
 
 @dataclass
 class MixtureSource:
-    """New points of a mixture at every step, in place of a `ldgan.data.DataSource`."""
+    """New points of a mixture at every step, in place of a `ldgan.training.data.DataSource`."""
 
     mixture: GaussianMixture
     batch_size: int

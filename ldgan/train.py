@@ -17,7 +17,20 @@ import torch
 from accelerate.utils import set_seed
 
 from data_prep.loader import batches_of_run
-from ldgan.data import (
+from ldgan.diffusion.process import BETA_MAX, Predicts, build_diffusion
+from ldgan.engine import cli
+from ldgan.engine.checkpoint import Stateful
+from ldgan.engine.command import parse_command, training_parser
+from ldgan.engine.config import option, to_dict
+from ldgan.engine.ema import EMA
+from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
+from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.inference.descriptions import TextDescription
+from ldgan.inference.jobs import NUM_PREVIEW_IMAGES, keep_preview_captions, preview
+from ldgan.inference.trained_model import GAN, WEIGHTS, TrainedModel, build_unet, process_of, text_encoder_of
+from ldgan.models.discriminator import Discriminator, DiscriminatorConfig
+from ldgan.models.unet import UNetConfig
+from ldgan.training.data import (
     TextConditionalDataConfig,
     add_latent_flag,
     check_text_encoder,
@@ -27,21 +40,8 @@ from ldgan.data import (
     keep_text_encoder,
     open_data,
 )
-from ldgan.descriptions import TextDescription
-from ldgan.diffusion import BETA_MAX, Predicts, build_diffusion
-from ldgan.discriminator import Discriminator, DiscriminatorConfig
-from ldgan.engine import cli
-from ldgan.engine.checkpoint import Stateful
-from ldgan.engine.command import parse_command, training_parser
-from ldgan.engine.config import option, to_dict
-from ldgan.engine.ema import EMA
-from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
-from ldgan.engine.session import RunConfig, Session, make_accelerator
-from ldgan.generation import NUM_PREVIEW_IMAGES, keep_preview_captions, preview
-from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet, process_of, text_encoder_of
-from ldgan.monitoring import EvaluationConfig, open_monitor
-from ldgan.networks import UNetConfig
-from ldgan.training import DiffusionGANTrainer, LossConfig, Objective, PhasesConfig, Players
+from ldgan.training.gan import DiffusionGANTrainer, LossConfig, Objective, PhasesConfig, Players
+from ldgan.training.monitoring import EvaluationConfig, open_monitor
 
 EXAMPLES = """
 accelerate launch ldgan/train.py --latent --config configs/ldgan/stacked_mnist.yaml

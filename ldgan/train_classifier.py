@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from accelerate.utils import set_seed
 
 from data_prep.loader import batches_of_run
-from ldgan.classifier import KIND, WEIGHTS, ClassifierConfig, build_classifier
-from ldgan.classifier_training import ClassifierTrainer
-from ldgan.data import DataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
-from ldgan.diffusion import BETA_MAX, Schedule, build_diffusion
+from ldgan.diffusion.process import BETA_MAX, Schedule, build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.inference.trained_classifier import KIND, WEIGHTS
+from ldgan.models.classifier import ClassifierConfig, build_classifier
+from ldgan.training.classifier import ClassifierTrainer
+from ldgan.training.data import DataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
 
 EXAMPLES = """
 for a diffusion GAN with T = 4:

@@ -17,10 +17,8 @@ import torch
 from accelerate.utils import set_seed
 
 from data_prep.loader import batches_of_run
-from ldgan.data import ConditionalDataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
-from ldgan.ddpm_training import DDPMTrainer, Denoising
-from ldgan.descriptions import MAX_TIMESTEPS
-from ldgan.diffusion import build_diffusion
+from ldgan.diffusion.process import build_diffusion
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import Stateful
 from ldgan.engine.command import parse_command, training_parser
@@ -28,11 +26,13 @@ from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.session import RunConfig, Session, make_accelerator
-from ldgan.generation import preview
-from ldgan.loading import DDPM, WEIGHTS, TrainedModel, build_unet
-from ldgan.monitoring import EvaluationConfig, open_monitor
-from ldgan.networks import UNetConfig
-from ldgan.sampling import SamplerConfig
+from ldgan.inference.descriptions import MAX_TIMESTEPS
+from ldgan.inference.jobs import preview
+from ldgan.inference.trained_model import DDPM, WEIGHTS, TrainedModel, build_unet
+from ldgan.models.unet import UNetConfig
+from ldgan.training.data import ConditionalDataConfig, add_latent_flag, describe_run, keep_autoencoder, open_data
+from ldgan.training.ddpm import DDPMTrainer, Denoising
+from ldgan.training.monitoring import EvaluationConfig, open_monitor
 
 MAX_PREVIEW_STEPS = 50  # previews by DDIM: all of 1,000 steps would hold the training up
 MAX_REMAINING_SIGNAL = 0.01  # abar_T; sampling starts from pure noise, so hardly any data may be left in x_T

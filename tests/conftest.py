@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from autoencoder.loading import build_autoencoder
-from autoencoder.networks import AutoencoderConfig, AutoencoderKL
+from autoencoder.inference.trained_autoencoder import build_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 
 class AutoencoderFactory(Protocol):

@@ -18,8 +18,8 @@ import torch
 from safetensors.numpy import load_file
 
 from autoencoder.distill import DistillConfig
-from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from data_prep.loader import LatentDataset, sequential_batches
 from data_prep.shards import ShardSet
@@ -28,7 +28,7 @@ from ldgan.compare import CompareConfig
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.config import load_config, to_dict, to_yaml
 from ldgan.engine.images import load_png
-from ldgan.judging import REAL_IMAGES_SEED, judge_images
+from ldgan.evaluation.judging import REAL_IMAGES_SEED, judge_images
 from ldgan.metrics.digits import load_or_train
 from ldgan.train import TrainConfig as GANTrainConfig
 from ldgan.train_classifier import TrainConfig as ClassifierTrainConfig

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from autoencoder import decode, light_decoder
-from autoencoder.decoding import (
+from autoencoder import decode
+from autoencoder.inference import light_decoder
+from autoencoder.inference.decoding import (
     ImageFiles,
     ImageShards,
     Output,
@@ -26,11 +27,11 @@ from autoencoder.decoding import (
     finish,
     unfinished_blocks,
 )
-from autoencoder.latents import describe_latents, pack_caption, pack_moments
-from autoencoder.loading import KIND, WEIGHTS, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderConfig, AutoencoderKL
-from autoencoder.resumable import batches_of_blocks
-from autoencoder.tiling import decode_tiled
+from autoencoder.inference.latents import describe_latents, pack_caption, pack_moments
+from autoencoder.inference.resumable import batches_of_blocks
+from autoencoder.inference.tiling import decode_tiled
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autoencoder import distill
-from autoencoder.distillation import DistillationTrainer, agreement_metrics, measure_agreement
-from autoencoder.evaluation import ImageMetric
-from autoencoder.latents import describe_latents, pack_moments
-from autoencoder.light_decoder import LightDecoder, light_decoder_folder, load_light_decoder
-from autoencoder.loading import KIND, WEIGHTS, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
+from autoencoder.evaluation.reconstruction import ImageMetric
+from autoencoder.inference.latents import describe_latents, pack_moments
+from autoencoder.inference.light_decoder import LightDecoder, light_decoder_folder, load_light_decoder
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.training.distillation import DistillationTrainer, agreement_metrics, measure_agreement
 from data_prep.shards import ShardWriter
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder import encode, encoding
-from autoencoder.encoding import (
+from autoencoder import encode
+from autoencoder.inference import encoding
+from autoencoder.inference.encoding import (
     CHECKED_IMAGES,
     DTYPES,
     CaptionEncoder,
@@ -32,10 +33,10 @@ from autoencoder.encoding import (
     precision_line,
     shard_ranges,
 )
-from autoencoder.loading import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderConfig, AutoencoderKL
-from autoencoder.resumable import ResumableShards
-from autoencoder.text import Text, TextEncoder, open_text_encoder
+from autoencoder.inference.resumable import ResumableShards
+from autoencoder.inference.text import Text, TextEncoder, open_text_encoder
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
@@ -255,8 +256,9 @@ def test_two_launched_processes_write_what_one_writes(captioned, tmp_path):
 # Kills itself when it is about to write sample 7, the second one of the third shard; writes one batch at a time.
 KILLED = """
 import os, signal
-from autoencoder import encode, encoding
-from autoencoder.resumable import ResumableShards
+from autoencoder import encode
+from autoencoder.inference import encoding
+from autoencoder.inference.resumable import ResumableShards
 
 write = ResumableShards.write
 
@@ -370,7 +372,7 @@ def test_seconds_are_those_of_all_runs_side_by_side(folder, tmp_path, monkeypatc
     def seconds(out: Path, num_processes: int) -> float:
         out.mkdir()
         now = 0.0
-        monkeypatch.setattr("autoencoder.resumable.time.monotonic", lambda: now)
+        monkeypatch.setattr("autoencoder.inference.resumable.time.monotonic", lambda: now)
         for first in (0, 2):
             output = ResumableShards(out, blocks, num_processes)
             for block in blocks[first : first + 2]:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from autoencoder import evaluate
-from autoencoder.evaluation import MAX_PSNR, Evaluation, ImageMetric, LatentActivity, MeanOverImages
-from autoencoder.loading import KIND, WEIGHTS, fingerprint
-from autoencoder.networks import AutoencoderKL, Posterior
-from autoencoder.perceptual import perceptual_network
+from autoencoder.evaluation.reconstruction import MAX_PSNR, Evaluation, ImageMetric, LatentActivity, MeanOverImages
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint
+from autoencoder.models.autoencoder import AutoencoderKL, Posterior
+from autoencoder.models.perceptual import perceptual_network
 from data_prep.loader import ImageDataset
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from autoencoder.loading import load_autoencoder
+from autoencoder.inference.trained_autoencoder import load_autoencoder
 from ldgan.engine import cli
 
 LIBRARIES, TASKS, PRECISIONS = ("ours", "diffusers"), ("encode", "decode"), ("fp32", "bf16")

@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder.distillation import agreement_metrics, measure_agreement
-from autoencoder.latents import check_latents
-from autoencoder.light_decoder import LightDecoder, read_light_decoder
-from autoencoder.loading import load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from autoencoder.perceptual import perceptual_network
+from autoencoder.inference.latents import check_latents
+from autoencoder.inference.light_decoder import LightDecoder, read_light_decoder
+from autoencoder.inference.trained_autoencoder import load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.perceptual import perceptual_network
+from autoencoder.training.distillation import agreement_metrics, measure_agreement
 from data_prep.loader import LatentDataset, sequential_batches
 from data_prep.shards import ShardSet
 from ldgan.engine import cli

@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from autoencoder.loading import fingerprint
-from ldgan.editing import edit, inpaint, step_of_strength
+from autoencoder.inference.trained_autoencoder import fingerprint
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.progress import progress_bar
-from ldgan.image_sets import open_images
-from ldgan.loading import TrainedModel, load_model
-from ldgan.sampling import SamplerConfig
-from ldgan.timing import Spread, count_samples, now
+from ldgan.evaluation.image_sets import open_images
+from ldgan.inference.editing import edit, inpaint, step_of_strength
+from ldgan.inference.timing import Spread, count_samples, now
+from ldgan.inference.trained_model import TrainedModel, load_model
 
 
 class Row(NamedTuple):

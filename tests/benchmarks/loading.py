@@ -48,7 +48,7 @@ from ldgan.engine import cli
 from ldgan.engine.config import load_config
 from ldgan.engine.session import make_accelerator
 from ldgan.train import TrainConfig
-from ldgan.training import Batch
+from ldgan.training.gan import Batch
 
 Loaded: TypeAlias = dict[str, Tensor] | list[Tensor]
 

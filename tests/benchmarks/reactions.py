@@ -42,8 +42,8 @@ from ldgan.engine.images import encode_lossless, enlarge, image_grid
 from ldgan.engine.seeding import generator
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches
-from ldgan.evaluation import QUALITY_METRICS, FeatureMeter, FeatureSet, Metric, collect, measure_quality
-from ldgan.image_sets import Batch, ImageSet, open_images
+from ldgan.evaluation.collecting import QUALITY_METRICS, FeatureMeter, FeatureSet, Metric, collect, measure_quality
+from ldgan.evaluation.image_sets import Batch, ImageSet, open_images
 from ldgan.metrics.features import FeatureNetwork, add_feature_flags, chosen_features, feature_network
 from ldgan.metrics.neighbours import copying_from_distances, nearest
 

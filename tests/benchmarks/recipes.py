@@ -26,13 +26,13 @@ from speed import diffusion_gan, game_step
 from torch import nn
 
 from autoencoder.distill import DistillConfig
-from autoencoder.light_decoder import LightDecoder
-from ldgan.diffusion import build_diffusion
+from autoencoder.inference.light_decoder import LightDecoder
+from ldgan.diffusion.process import build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.config import load_config
 from ldgan.engine.session import make_accelerator
-from ldgan.loading import TrainedModel
-from ldgan.networks import UNet
+from ldgan.inference.trained_model import TrainedModel
+from ldgan.models.unet import UNet
 from ldgan.train import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

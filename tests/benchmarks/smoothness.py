@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ldgan.editing import Along, interpolate
 from ldgan.engine import cli
 from ldgan.engine.progress import progress_bar
-from ldgan.loading import TrainedModel, load_model
+from ldgan.inference.editing import Along, interpolate
+from ldgan.inference.trained_model import TrainedModel, load_model
 from ldgan.metrics.features import FeatureNetwork, add_feature_flags, chosen_features, feature_network
 
 

@@ -24,19 +24,19 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from autoencoder.loading import build_autoencoder
-from autoencoder.perceptual import build_perceptual
+from autoencoder.inference.trained_autoencoder import build_autoencoder
+from autoencoder.models.perceptual import build_perceptual
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from autoencoder.train import build_players
-from autoencoder.training import AutoencoderTrainer
-from ldgan.diffusion import build_diffusion
+from autoencoder.training.vae import AutoencoderTrainer
+from ldgan.diffusion.process import build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.config import load_config
 from ldgan.engine.session import make_accelerator
-from ldgan.loading import TrainedModel
+from ldgan.inference.trained_model import TrainedModel
 from ldgan.train import TrainConfig
 from ldgan.train import build_players as build_gan_players
-from ldgan.training import Batch, DiffusionGANTrainer, Players
+from ldgan.training.gan import Batch, DiffusionGANTrainer, Players
 
 NUM_SAMPLES = 500
 

@@ -44,8 +44,8 @@ from rich.table import Table
 
 import autoencoder.train
 import ldgan.train
-from autoencoder.loading import KIND, WEIGHTS, build_autoencoder
-from autoencoder.networks import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig
 from data_prep.images import encode_image
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli

@@ -26,12 +26,12 @@ import autoencoder.train
 import ldgan.train
 import ldgan.train_classifier
 import ldgan.train_ddpm
-from autoencoder import light_decoder
-from autoencoder.latents import pack_moments
-from autoencoder.loading import KIND as AUTOENCODER_KIND
-from autoencoder.loading import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.loading import build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderConfig
+from autoencoder.inference import light_decoder
+from autoencoder.inference.latents import pack_moments
+from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
+from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
+from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig
 from data_prep import remote
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.check_shards import find_problems
@@ -40,18 +40,18 @@ from data_prep.loader import ImageDataset, LatentDataset, SampleRef, TrainingOrd
 from data_prep.preparation import Preparation, prepare
 from data_prep.shards import Manifest, ShardInfo, ShardSet
 from data_prep.sources import ImageFolder, ListedSource
-from ldgan.classifier import KIND as CLASSIFIER_KIND
-from ldgan.classifier import WEIGHTS as CLASSIFIER_WEIGHTS
-from ldgan.classifier import ClassifierConfig, build_classifier
 from ldgan.compare import CompareConfig
-from ldgan.data import DataConfig, keep_autoencoder, open_source
 from ldgan.engine.checkpoint import DESCRIPTION_FILE, check_checkpoint, save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config, to_dict
 from ldgan.engine.run import RunFolder
 from ldgan.engine.weights import load_weights
-from ldgan.loading import GAN, WEIGHTS, build_unet, load_model
-from ldgan.networks import UNetConfig
+from ldgan.inference.trained_classifier import KIND as CLASSIFIER_KIND
+from ldgan.inference.trained_classifier import WEIGHTS as CLASSIFIER_WEIGHTS
+from ldgan.inference.trained_model import GAN, WEIGHTS, build_unet, load_model
+from ldgan.models.classifier import ClassifierConfig, build_classifier
+from ldgan.models.unet import UNetConfig
+from ldgan.training.data import DataConfig, keep_autoencoder, open_source
 
 RESOLUTION = 8
 NUM_SAMPLES = 4

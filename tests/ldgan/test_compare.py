@@ -17,26 +17,27 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.loading import KIND as AUTOENCODER_KIND
-from autoencoder.loading import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.loading import copy_autoencoder, fingerprint, load_autoencoder
-from autoencoder.networks import AutoencoderKL
-from ldgan import compare, timing
-from ldgan import report as report_module
+from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
+from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
+from autoencoder.inference.trained_autoencoder import copy_autoencoder, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from ldgan import compare
 from ldgan.compare import Bench, CompareConfig, Entry, Maker, seconds_per_thousand, timed_images
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import image_grid, load_png, to_uint8
 from ldgan.engine.seeding import noise_from_seeds
-from ldgan.judging import REAL_IMAGES_SEED, judge_images, real_images
-from ldgan.loading import DDPM, GAN, WEIGHTS, build_unet, load_model
+from ldgan.evaluation.judging import REAL_IMAGES_SEED, judge_images, real_images
+from ldgan.inference import timing
+from ldgan.inference.timing import Cost
+from ldgan.inference.trained_model import DDPM, GAN, WEIGHTS, build_unet, load_model
 from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
 from ldgan.metrics.manifold import prdc
 from ldgan.metrics.modes import mode_coverage
-from ldgan.networks import UNetConfig
-from ldgan.sampling import SamplerConfig
-from ldgan.timing import Cost
+from ldgan.models.unet import UNetConfig
+from ldgan.reports import trilemma as report_module
 
 SHAPE = (2, 16, 16)  # latents of the tiny autoencoder at 32 px
 NETWORK = {"base_channels": 8, "channel_multipliers": [1], "num_res_blocks": 1, "attention_resolutions": []}

@@ -23,16 +23,16 @@ from ldgan import demo
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
-from ldgan.loading import DDPM, GAN, NETWORK, WEIGHTS, build_unet
-from ldgan.networks import UNetConfig
+from ldgan.inference.trained_model import DDPM, GAN, NETWORK, WEIGHTS, build_unet
+from ldgan.models.unet import UNetConfig
 from ldgan.pipeline import LatentDDGAN
 
 gr = pytest.importorskip("gradio", reason="the page is served by gradio, extra `demo`")
 from gradio.components.image_editor import AcceptBlobs, BlobData, EditorData, EditorDataBlobs  # noqa: E402
 from gradio.data_classes import FileData  # noqa: E402
 
-from ldgan import demo_page  # noqa: E402
-from ldgan.demo_page import ANY_CLASS, Studio, build_page, make_editor, serve  # noqa: E402
+from ldgan.reports import demo_page  # noqa: E402
+from ldgan.reports.demo_page import ANY_CLASS, Studio, build_page, make_editor, serve  # noqa: E402
 
 CHROMIUM = Path("/usr/bin/chromium")
 SIDE, CLASSES = 8, ["cat", "dog", "<emu>"]
@@ -260,7 +260,7 @@ def test_gradio_writes_nothing_beside_the_source() -> None:
 
 def test_without_gradio_the_extra_is_named(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "ldgan.demo_page")
+    monkeypatch.delitem(sys.modules, "ldgan.reports.demo_page")
     monkeypatch.setattr(sys, "argv", ["demo.py", "--checkpoint", str(runs / "plain")])
     with pytest.raises(UserError, match=r"pip install 'ldgan\[demo\]'"):
         demo.main()

@@ -13,16 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldgan import edit, editing
+from ldgan import edit
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import load_png
 from ldgan.engine.session import make_accelerator
-from ldgan.generation import open_model
-from ldgan.loading import GAN, WEIGHTS, TrainedModel, build_unet
-from ldgan.networks import UNetConfig
-from ldgan.sampling import SamplerConfig
+from ldgan.inference import editing
+from ldgan.inference.jobs import open_model
+from ldgan.inference.trained_model import GAN, WEIGHTS, TrainedModel, build_unet
+from ldgan.models.unet import UNetConfig
 
 SIDE, CLASSES = 8, ["cat", "dog"]
 CONFIG = UNetConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1, z_dim=3, embedding_dim=8)

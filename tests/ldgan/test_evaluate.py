@@ -30,18 +30,18 @@ from ldgan.engine.config import to_dict
 from ldgan.engine.images import load_png, save_png
 from ldgan.engine.session import make_accelerator
 from ldgan.evaluate import METRICS, RESULT_FILE, metric_names, parse_flags
-from ldgan.evaluation_report import significant
-from ldgan.feature_metrics import GAP
-from ldgan.image_sets import open_images
-from ldgan.judging import judge_images
-from ldgan.loading import GAN, WEIGHTS, build_unet, load_model
+from ldgan.evaluation.feature_metrics import GAP
+from ldgan.evaluation.image_sets import open_images
+from ldgan.evaluation.judging import judge_images
+from ldgan.evaluation.report import significant
+from ldgan.inference.trained_model import GAN, WEIGHTS, build_unet, load_model
 from ldgan.metrics.classifier_score import classifier_score
 from ldgan.metrics.digits import DigitClassifier, TrainedClassifier
 from ldgan.metrics.features import FeatureNetwork, feature_network
 from ldgan.metrics.frechet import FeatureStatistics, GaussianFit, frechet_distance
 from ldgan.metrics.kernel_distance import kernel_distance
 from ldgan.metrics.manifold import prdc
-from ldgan.networks import UNetConfig
+from ldgan.models.unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": os.devnull}

@@ -15,17 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder.loading import KIND as AUTOENCODER_KIND
-from autoencoder.loading import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.loading import build_autoencoder
-from autoencoder.networks import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
+from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
+from autoencoder.inference.trained_autoencoder import build_autoencoder
+from autoencoder.models.autoencoder import AutoencoderConfig
 from ldgan import export
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
-from ldgan.loading import DDPM, GAN, NETWORK, WEIGHTS, build_unet, load_model
-from ldgan.networks import UNetConfig
-from ldgan.sampling import SamplerConfig
+from ldgan.inference.trained_model import DDPM, GAN, NETWORK, WEIGHTS, build_unet, load_model
+from ldgan.models.unet import UNetConfig
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="exporting needs the extra ldgan[onnx]")
 pytest.importorskip("onnxscript", reason="exporting needs the extra ldgan[onnx]")

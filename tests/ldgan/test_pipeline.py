@@ -17,25 +17,26 @@ from huggingface_hub import hub_mixin
 from PIL import Image
 from torch import Tensor, nn
 
-from autoencoder.light_decoder import KIND as LIGHT_KIND
-from autoencoder.light_decoder import WEIGHTS as LIGHT_WEIGHTS
-from autoencoder.light_decoder import LightDecoderConfig, build_light_decoder, light_decoder_folder
-from autoencoder.loading import KIND as AUTOENCODER_KIND
-from autoencoder.loading import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.loading import build_autoencoder, fingerprint
-from autoencoder.networks import AutoencoderConfig
-from autoencoder.text import copy_text_encoder, open_text_encoder
-from ldgan import LatentDDGAN, editing
+from autoencoder.inference.light_decoder import KIND as LIGHT_KIND
+from autoencoder.inference.light_decoder import WEIGHTS as LIGHT_WEIGHTS
+from autoencoder.inference.light_decoder import LightDecoderConfig, build_light_decoder, light_decoder_folder
+from autoencoder.inference.text import copy_text_encoder, open_text_encoder
+from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
+from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
+from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerprint
+from autoencoder.models.autoencoder import AutoencoderConfig
+from ldgan import LatentDDGAN
 from ldgan import pipeline as module
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import from_uint8, to_uint8
 from ldgan.engine.run import Best, RunFolder
-from ldgan.loading import DDPM, GAN, NETWORK, TEXT_ENCODER_FOLDER, WEIGHTS, build_unet, load_model
-from ldgan.networks import UNetConfig
-from ldgan.pictures import open_masks, open_pictures, to_images, to_masks
-from ldgan.sampling import SamplerConfig
+from ldgan.inference import editing
+from ldgan.inference.pictures import open_masks, open_pictures, to_images, to_masks
+from ldgan.inference.trained_model import DDPM, GAN, NETWORK, TEXT_ENCODER_FOLDER, WEIGHTS, build_unet, load_model
+from ldgan.models.unet import UNetConfig
 
 CLASSES = ["cat", "tench, Tinca tinca", "12"]
 LATENT, SIDE = (2, 4, 4), 8

@@ -16,17 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldgan import sample
-from ldgan.classifier import KIND as CLASSIFIER
-from ldgan.classifier import WEIGHTS as CLASSIFIER_WEIGHTS
-from ldgan.classifier import ClassifierConfig, build_classifier
+from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import enlarge, load_png
-from ldgan.generation import Job, add_sampler_flags, generate, job_of, labels_of, open_model, sampler_of
-from ldgan.loading import DDPM, GAN, NETWORK, WEIGHTS, TrainedModel, build_unet
-from ldgan.networks import UNetConfig
-from ldgan.sampling import SamplerConfig
+from ldgan.inference.jobs import Job, add_sampler_flags, generate, job_of, labels_of, open_model, sampler_of
+from ldgan.inference.trained_classifier import KIND as CLASSIFIER
+from ldgan.inference.trained_classifier import WEIGHTS as CLASSIFIER_WEIGHTS
+from ldgan.inference.trained_model import DDPM, GAN, NETWORK, WEIGHTS, TrainedModel, build_unet
+from ldgan.models.classifier import ClassifierConfig, build_classifier
+from ldgan.models.unet import UNetConfig
 
 SHAPE, CLASSES = (3, 8, 8), ["cat", "dog", "12", "emu"]
 CLASSIFIER_CONFIG = ClassifierConfig(base_channels=8, channel_multipliers=[1], num_res_blocks=1, embedding_dim=8)

@@ -14,10 +14,10 @@ import torch
 from scipy.stats import norm
 
 from ldgan import toy
-from ldgan.diffusion import Diffusion, vp_betas
+from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.engine.cli import UserError
 from ldgan.engine.images import load_png
-from ldgan.mixtures import GaussianMixture, grid_quality, histogram_masses, total_variation
+from ldgan.reports.mixtures import GaussianMixture, grid_quality, histogram_masses, total_variation
 
 WEIGHTS, MEANS, STDS = (0.2, 0.5, 0.3), (-1.2, 0.1, 0.9), (0.1, 0.25, 0.15)
 MIXTURE = GaussianMixture(

@@ -1,0 +1,1 @@
+"""From trained weights to latents and images: models on disk, encoding, decoding."""

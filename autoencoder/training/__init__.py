@@ -1,0 +1,1 @@
+"""Losses, and trainers of the autoencoder and of light decoders."""

@@ -1,0 +1,1 @@
+"""The mathematics of steps: the process, samplers, guidance."""

@@ -1,0 +1,1 @@
+"""From trained weights to images: models on disk, jobs, editing, pictures, cost."""

@@ -1,0 +1,80 @@
+"""The step of the classifier of noisy samples (Dhariwal and Nichol, arXiv 2105.05233, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from ldgan.diffusion.process import Diffusion
+from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.ema import EMA
+from ldgan.engine.seeding import generator as random_generator
+from ldgan.engine.seeding import noise_like
+from ldgan.models.classifier import Classifier
+from ldgan.training.data import DataSource
+
+NUM_PARTS = 4  # of 1..T, from little noise to much, whose accuracies are told apart
+
+
+class ClassifierTrainer:
+    """Takes optimisation steps on p(y | x_t); knows neither files nor schedules."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        diffusion: Diffusion,
+        classifier: Classifier,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA[Classifier],
+        *,
+        num_micro_batches: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._accelerator, self._diffusion = accelerator, diffusion
+        self._classifier, self._optimizer, self._ema = classifier, optimizer, ema
+        # The same weights behind a wrapper that averages gradients over processes.
+        self._reduced_classifier = accelerator.prepare(classifier)
+        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+
+    def step(self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Take step number ``step`` on this process's share of the batch; return the detached terms."""
+        self._optimizer.zero_grad(set_to_none=True)
+        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
+        terms = []
+        for number in micro_batches(self._accelerator, self._num_micro_batches, self._reduced_classifier):
+            batch = next(batches)
+            x_0 = source.x_0(batch, self._random("x_0", step, number))
+            labels = source.labels(batch, self._accelerator.device)
+            terms.append(self.terms(x_0, labels, self._random("classifier", step, number)))
+            self._accelerator.backward(weight * terms[-1]["loss"])
+        self._optimizer.step()
+        self._ema.update(self._classifier, self._batch_size, step * self._batch_size)
+        return mean_terms(terms)
+
+    def terms(self, x_0: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+        """Cross-entropy in nats, and the accuracy (0 to 1) in each quarter of 1..T: ``accuracy_1`` has least noise."""
+        t = spread_timesteps(len(x_0), self._diffusion.num_steps, random)
+        logits = self._reduced_classifier(self._diffusion.diffuse(x_0, t, noise_like(x_0, random)), t)
+        right = (logits.detach().argmax(dim=1) == labels).float()
+        parts = right.tensor_split(min(NUM_PARTS, len(right)))  # t rises along the batch
+        accuracies = {f"accuracy_{number}": part.mean() for number, part in enumerate(parts, start=1)}
+        return {"loss": F.cross_entropy(logits, labels), **accuracies}
+
+    def _random(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
+        return random_generator(self._accelerator.device, self._seed, purpose, step, micro_batch)
+
+
+def spread_timesteps(batch_size: int, num_steps: int, random: torch.Generator) -> Tensor:
+    """t in 1..T, int64 (B,) and rising: one uniform draw from each of B equal parts of the range.
+
+    A batch as a whole is uniform over 1..T, at less variance than independent draws. Rows of a batch are in random
+    order anyway, so that sample and t stay independent of each other.
+    """
+    positions = torch.arange(batch_size, device=random.device, dtype=torch.float64)
+    shares = positions + torch.rand(batch_size, generator=random, device=random.device, dtype=torch.float64)
+    return 1 + (num_steps * shares / batch_size).long().clamp(max=num_steps - 1)
