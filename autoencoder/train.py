@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
-    # same name for every dependency; the checkout's root belongs there instead.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # why: see ldgan/engine/cli.py
 
 from dataclasses import dataclass
 
@@ -247,5 +245,7 @@ def report(accelerator: Accelerator, run_dir: str, seconds: float, statistics: d
     accelerator.print(f"autoencoder in {run_dir} ({seconds:.0f} s); next: python autoencoder/encode.py --help")
 
 
+command = cli.command(main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
-    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # why: see ldgan/engine/cli.py
 
 import argparse
 import dataclasses
@@ -407,5 +405,7 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+command = cli.command(main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

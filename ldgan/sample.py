@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
-    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # why: see ldgan/engine/cli.py
 
 import argparse
 import math
@@ -162,5 +160,7 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+command = cli.command(main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

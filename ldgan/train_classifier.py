@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As a script, Python puts this folder first on sys.path, where our modules would shadow libraries of the
-    # same name (`evaluate`, say) for every dependency; the checkout's root belongs there instead.
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # why: see ldgan/engine/cli.py
 
 from dataclasses import dataclass
 
@@ -99,5 +97,7 @@ def main() -> None:
     accelerator.print(f"classifier in {config.run.dir} ({session.seconds:.0f} s); next: python ldgan/sample.py --help")
 
 
+command = cli.command(main)
+
 if __name__ == "__main__":
-    cli.run(main)
+    command()

@@ -1,4 +1,10 @@
-"""What every command shares: errors that fit on one line, and the exit status that goes with them."""
+"""What every command shares: errors that fit on one line, and the exit status that goes with them.
+
+A command is a file with a function ``main``, that raises, and ``command``, that exits: `command` makes one of the
+other, for ``if __name__ == "__main__"`` and for installed scripts. Before its imports, a file that is run as a script
+puts the checkout's root first on sys.path. Python has put the file's own folder there, where our modules would shadow
+libraries of the same name (`evaluate`, say) for every dependency.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,7 @@ import errno
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
 MAX_MESSAGE_CHARACTERS = 5000
@@ -60,6 +67,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     finally:
         _leave_processes()
     sys.exit(0)
+
+
+def command(main: Callable[[], None]) -> Callable[[], NoReturn]:
+    """The entry point of a command: calls its ``main`` by `run`."""
+    return partial(run, main)
 
 
 def _leave_processes() -> None:

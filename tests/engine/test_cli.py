@@ -56,3 +56,10 @@ def test_positive_numbers() -> None:
 
 def test_a_message_without_end_is_cut() -> None:
     assert str(cli.UserError("x" * 10**6)) == "x" * 5000 + "..."
+
+
+def test_an_installed_script_exits_as_the_file_does(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.command(failing_with(cli.UserError("data: not there; make it")))()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: data: not there; make it\n"
