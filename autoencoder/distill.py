@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from autoencoder.inference.latents import check_latents
@@ -45,7 +44,7 @@ from ldgan.engine.ema import EMA
 from ldgan.engine.images import error_maps, to_uint8
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.run import RunFolder
-from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.engine.session import RunConfig, Session, start
 
 NUM_PREVIEW_IMAGES = 16
 
@@ -90,12 +89,11 @@ def main() -> None:
     """Train, compare with the full decoder, save beside it."""
     parser = training_parser("Train a light decoder to match a full one on its latents.", EXAMPLES, DistillConfig)
     _, config = parse_command(parser, DistillConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
+    accelerator = start(config.run)
     out = Path(config.out) if config.out is not None else light_decoder_folder(Path(config.autoencoder))
     if made_before(out, config):
         accelerator.print(f"{out}: finished before; nothing to do")
         return
-    set_seed(config.run.seed)
     autoencoder = load_autoencoder(Path(config.autoencoder), accelerator.device)
     data = open_latents(config, autoencoder)
     perceptual = build_perceptual(config.perceptual, accelerator.device)
@@ -109,7 +107,7 @@ def main() -> None:
     if not session.finished:
         batches = batches_of_run(data, config.run, accelerator, first_step=session.first_step, flips=config.flips)
         trainer = DistillationTrainer(
-            accelerator,
+            config.run.accumulation(accelerator),
             autoencoder,
             light,
             optimizer,
@@ -117,9 +115,6 @@ def main() -> None:
             perceptual,
             distance=config.distance,
             perceptual_weight=config.perceptual.weight,
-            num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
-            batch_size=config.run.batch_size,
-            seed=config.run.seed,
         )
         with session.naming_faults():
             for step in session.steps():

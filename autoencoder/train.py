@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import Tensor
 
 from autoencoder.inference.latent_statistics import accumulate_moments
@@ -41,7 +40,7 @@ from ldgan.engine.images import error_maps, to_uint8
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.seeding import generator
-from ldgan.engine.session import DTYPES, RunConfig, Session, make_accelerator
+from ldgan.engine.session import DTYPES, RunConfig, Session, start
 
 NUM_PREVIEW_IMAGES = 16
 
@@ -89,9 +88,8 @@ def main() -> None:
     """Train, measure the latent statistics, save."""
     parser = training_parser("Train a KL-regularised autoencoder on image shards (stage 1).", EXAMPLES, TrainConfig)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
+    accelerator = start(config.run)
     check_kernel(config.network.attention_kernel, accelerator.device, DTYPES[config.run.precision])
-    set_seed(config.run.seed)
     data = ImageDataset(ShardSet.open(config.data))
     players = build_players(config, accelerator.device)
     perceptual = build_perceptual(config.perceptual, accelerator.device)
@@ -103,15 +101,12 @@ def main() -> None:
 
     batches = batches_of_run(data, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = AutoencoderTrainer(
-        accelerator,
+        config.run.accumulation(accelerator),
         players,
         perceptual,
         loss=config.loss,
         perceptual_weight=config.perceptual.weight,
         adversarial=config.adversarial,
-        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
-        batch_size=config.run.batch_size,
-        seed=config.run.seed,
     )
     autoencoder, ema = players.autoencoder, players.ema
     with session.naming_faults():

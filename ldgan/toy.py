@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.engine import cli
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.ema import EMA
 from ldgan.engine.files import new_folder, write_atomically
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
@@ -200,7 +201,7 @@ def train(mixture: GaussianMixture, num_timesteps: int, recipe: Recipe, name: st
     diffusion = recipe.diffusion(num_timesteps)
     players = build_players(channels, num_timesteps, recipe)
     trainer = DiffusionGANTrainer(
-        make_accelerator("fp32", num_threads=1),
+        Accumulation(make_accelerator("fp32", num_threads=1), 1, recipe.batch_size, recipe.seed),
         diffusion,
         players,
         objective="denoising",
@@ -209,9 +210,6 @@ def train(mixture: GaussianMixture, num_timesteps: int, recipe: Recipe, name: st
         loss=LossConfig(r1_gamma=recipe.r1_gamma, r1_every_steps=1),
         phases=PhasesConfig(),
         timestep_weights=[1.0] * num_timesteps,
-        num_micro_batches=1,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
     )
     source = cast("DataSource", MixtureSource(mixture, recipe.batch_size))
     with progress_bar(name, recipe.num_steps, "steps") as bar:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
 
 from data_prep.loader import batches_of_run
 from ldgan.diffusion.process import BETA_MAX, Predicts, build_diffusion
@@ -22,13 +22,15 @@ from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import option, to_dict
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
-from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.engine.session import RunConfig, Session, start
 from ldgan.inference.descriptions import TextDescription
 from ldgan.inference.jobs import NUM_PREVIEW_IMAGES, keep_preview_captions, preview
 from ldgan.inference.trained_model import GAN, WEIGHTS, TrainedModel, build_unet, process_of, text_encoder_of
+from ldgan.models.conditions import Prompts
 from ldgan.models.discriminator import Discriminator, DiscriminatorConfig
 from ldgan.models.unet import UNetConfig
 from ldgan.training.data import (
+    DataSource,
     TextConditionalDataConfig,
     add_latent_flag,
     check_text_encoder,
@@ -104,24 +106,16 @@ def main() -> None:
     parser = training_parser("Train a denoising diffusion GAN (stage 2).", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
-    set_seed(config.run.seed)
+    accelerator = start(config.run)
     source, autoencoder = open_data(config, accelerator)
     check_windows(config.loss.energy_windows, source.shape[-1])
     if config.text_conditional and config.text_encoder is not None:
         check_text_encoder(config.text_encoder, source)
-    description = describe_run(
-        GAN,
-        source,
-        autoencoder,
-        class_conditional=config.class_conditional,
-        text_conditional=config.text_conditional,
-    )
-    class_names, text = description["class_names"], TextDescription.of(Path(config.run.dir), description)
-
-    diffusion = build_diffusion(config.schedule, config.num_timesteps, config.beta_max)
-    text_dim = text.dim if text is not None else 0
-    players = build_players(config, source.shape, len(class_names or []), accelerator.device, text_dim=text_dim)
+    classes_and_text = {"class_conditional": config.class_conditional, "text_conditional": config.text_conditional}
+    description = describe_run(GAN, source, autoencoder, **classes_and_text)
+    text = TextDescription.of(Path(config.run.dir), description)
+    num_classes, text_dim = len(description["class_names"] or []), text.dim if text is not None else 0
+    players = build_players(config, source.shape, num_classes, accelerator.device, text_dim=text_dim)
     session = Session(accelerator, config, things_to_save(players), description)
     if session.finished:
         accelerator.print(f"{config.run.dir}: finished before; nothing to do")
@@ -130,21 +124,7 @@ def main() -> None:
     keep_text_encoder(config, session.run.path, accelerator)
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
-    trainer = DiffusionGANTrainer(
-        accelerator,
-        diffusion,
-        players,
-        objective=config.objective,
-        predicts=config.predicts,
-        label_dropout=config.label_dropout,
-        caption_dropout=config.caption_dropout,
-        loss=config.loss,
-        phases=config.phases,
-        timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
-        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
-        batch_size=config.run.batch_size,
-        seed=config.run.seed,
-    )
+    trainer = build_trainer(config, accelerator, players)
     model = TrainedModel(
         players.ema.model,
         process_of(to_dict(config)),
@@ -152,15 +132,10 @@ def main() -> None:
         source.shape,
         description["resolution"],
         predicts=config.predicts,
-        class_names=class_names,
+        class_names=description["class_names"],
         text_encoder=text_encoder_of(session.run.path, text),
     )
-    prompts = None
-    if config.text_conditional:
-        num_prompts = max(NUM_PREVIEW_IMAGES, config.evaluation.num_images if config.evaluation.every_steps > 0 else 0)
-        prompts = first_captions(source, num_prompts, accelerator.device)
-        if accelerator.is_main_process:
-            keep_preview_captions(session, prompts)
+    prompts = open_prompts(config, source, session, accelerator)
     monitor = open_monitor(config.evaluation, session, model, accelerator, prompts=prompts)
     with session.naming_faults():
         for step in session.steps():
@@ -208,6 +183,33 @@ def build_players(
         adamw(discriminator.parameters(), config.discriminator_optimizer),
         EMA(generator, config.ema_halflife_images, rampup_ratio=0.05),
     )
+
+
+def build_trainer(config: TrainConfig, accelerator: Accelerator, players: Players) -> DiffusionGANTrainer:
+    """What takes the steps of a run."""
+    return DiffusionGANTrainer(
+        config.run.accumulation(accelerator),
+        build_diffusion(config.schedule, config.num_timesteps, config.beta_max),
+        players,
+        objective=config.objective,
+        predicts=config.predicts,
+        label_dropout=config.label_dropout,
+        caption_dropout=config.caption_dropout,
+        loss=config.loss,
+        phases=config.phases,
+        timestep_weights=config.timestep_weights or [1.0] * config.num_timesteps,
+    )
+
+
+def open_prompts(config: TrainConfig, source: DataSource, session: Session, accelerator: Accelerator) -> Prompts | None:
+    """The captions of previews and evaluations, of which the run keeps those of previews; None without captions."""
+    if not config.text_conditional:
+        return None
+    num_evaluated = config.evaluation.num_images if config.evaluation.every_steps > 0 else 0
+    prompts = first_captions(source, max(NUM_PREVIEW_IMAGES, num_evaluated), accelerator.device)
+    if accelerator.is_main_process:
+        keep_preview_captions(session, prompts)
+    return prompts
 
 
 def things_to_save(players: Players) -> dict[str, Stateful]:

@@ -10,8 +10,6 @@ if __name__ == "__main__":
 
 from dataclasses import dataclass
 
-from accelerate.utils import set_seed
-
 from data_prep.loader import batches_of_run
 from ldgan.diffusion.process import BETA_MAX, Schedule, build_diffusion
 from ldgan.engine import cli
@@ -19,7 +17,7 @@ from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
-from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.engine.session import RunConfig, Session, start
 from ldgan.inference.trained_classifier import KIND, WEIGHTS
 from ldgan.models.classifier import ClassifierConfig, build_classifier
 from ldgan.training.classifier import ClassifierTrainer
@@ -62,8 +60,7 @@ def main() -> None:
     parser = training_parser("Train a classifier of noisy samples, for guidance.", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
-    set_seed(config.run.seed)
+    accelerator = start(config.run)
     source, autoencoder = open_data(config, accelerator)
     classifier = build_classifier(config.network, source.shape, source.class_names).to(accelerator.device)
     optimizer = adamw(classifier.parameters(), config.optimizer)
@@ -80,14 +77,11 @@ def main() -> None:
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = ClassifierTrainer(
-        accelerator,
+        config.run.accumulation(accelerator),
         build_diffusion(config.schedule, config.num_timesteps, config.beta_max),
         classifier,
         optimizer,
         ema,
-        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
-        batch_size=config.run.batch_size,
-        seed=config.run.seed,
     )
     with session.naming_faults():
         for step in session.steps():

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from accelerate.utils import set_seed
 
 from data_prep.loader import batches_of_run
 from ldgan.diffusion.process import build_diffusion
@@ -23,7 +22,7 @@ from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
-from ldgan.engine.session import RunConfig, Session, make_accelerator
+from ldgan.engine.session import RunConfig, Session, start
 from ldgan.inference.descriptions import MAX_TIMESTEPS
 from ldgan.inference.jobs import preview
 from ldgan.inference.trained_model import DDPM, WEIGHTS, TrainedModel, build_unet
@@ -89,8 +88,7 @@ def main() -> None:
     parser = training_parser("Train a DDPM, the baseline of stage 2.", EXAMPLES, TrainConfig)
     add_latent_flag(parser)
     _, config = parse_command(parser, TrainConfig)
-    accelerator = make_accelerator(config.run.precision, config.run.num_threads, config.run.timeout_minutes)
-    set_seed(config.run.seed)
+    accelerator = start(config.run)
     source, autoencoder = open_data(config, accelerator)
     class_names = source.class_names if config.class_conditional else None
 
@@ -105,7 +103,7 @@ def main() -> None:
 
     batches = batches_of_run(source.dataset, config.run, accelerator, first_step=session.first_step, flips=config.flips)
     trainer = DDPMTrainer(
-        accelerator,
+        config.run.accumulation(accelerator),
         diffusion,
         learner,
         predicts=config.predicts,
@@ -113,9 +111,6 @@ def main() -> None:
         vlb_weight=config.vlb_weight,
         label_dropout=config.label_dropout,
         max_gradient_norm=config.max_gradient_norm,
-        num_micro_batches=config.run.micro_batches(accelerator.num_processes)[0],
-        batch_size=config.run.batch_size,
-        seed=config.run.seed,
     )
     model = TrainedModel(
         learner.ema.model,

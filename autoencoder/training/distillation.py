@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from autoencoder.evaluation.reconstruction import PSNR, ImageMetric, MeanOverImages, perceptual_metric
@@ -20,10 +19,9 @@ from autoencoder.inference.light_decoder import LightDecoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.models.perceptual import PerceptualDistance
 from autoencoder.training.losses import reconstruction_loss
-from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
 from ldgan.engine.images import to_uint8
-from ldgan.engine.seeding import generator
 
 
 class DistillationTrainer:
@@ -31,7 +29,7 @@ class DistillationTrainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accumulation: Accumulation,
         autoencoder: AutoencoderKL,
         light: LightDecoder,
         optimizer: torch.optim.Optimizer,
@@ -40,34 +38,29 @@ class DistillationTrainer:
         *,
         distance: Literal["l1", "l2"],
         perceptual_weight: float,
-        num_micro_batches: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
-        self._accelerator, self._autoencoder, self._light = accelerator, autoencoder, light
+        self._accumulation, self._autoencoder, self._light = accumulation, autoencoder, light
         self._optimizer, self._ema, self._perceptual = optimizer, ema, perceptual
-        self._forward: nn.Module = accelerator.prepare(light)  # the same weights, with gradients reduced
+        self._forward: nn.Module = accumulation.prepare(light)  # the same weights, with gradients reduced
         self._distance, self._perceptual_weight = distance, perceptual_weight
-        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
 
     def step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Take step number ``step`` on this process's share of the batch; return the detached loss terms."""
         self._optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
-        for number in micro_batches(self._accelerator, self._num_micro_batches, self._forward):
-            noise = generator(self._accelerator.device, self._seed, "posterior", step, number)
+        for number in self._accumulation.micro_batches(self._forward):
+            noise = self._accumulation.random("posterior", step, number)
             latents, targets = self.pairs(next(batches), noise)
             terms.append(self.losses(latents, targets))
-            self._accelerator.backward(weight * terms[-1]["loss"])
+            self._accumulation.backward(terms[-1]["loss"])
         self._optimizer.step()
-        self._ema.update(self._light, self._batch_size, step * self._batch_size)
+        self._accumulation.average(self._ema, self._light, step)
         return mean_terms(terms)
 
     @torch.no_grad()
     def pairs(self, batch: dict[str, Tensor], noise: torch.Generator) -> tuple[Tensor, Tensor]:
         """Latents (B, c, h, w), samples of the batch's posteriors, and their full decoding (B, C, H, W)."""
-        with self._accelerator.autocast():
+        with self._accumulation.accelerator.autocast():
             mean, std = posterior_moments(self._autoencoder, batch)
             latents = draw(mean, std, noise)
             return latents, self._autoencoder.decode(latents)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from autoencoder.models.autoencoder import AutoencoderKL, Reconstruction
@@ -25,11 +24,10 @@ from autoencoder.training.losses import (
     negative_log_likelihood,
     reconstruction_loss,
 )
-from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig
-from ldgan.engine.seeding import generator
 
 
 @dataclass
@@ -97,30 +95,26 @@ class AutoencoderTrainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accumulation: Accumulation,
         players: Players,
         perceptual: PerceptualDistance | None,
         *,
         loss: LossConfig,
         perceptual_weight: float,
         adversarial: AdversarialConfig,
-        num_micro_batches: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
-        self._accelerator, self._players, self._perceptual = accelerator, players, perceptual
+        self._accumulation, self._players, self._perceptual = accumulation, players, perceptual
         self._loss, self._perceptual_weight, self._adversarial = loss, perceptual_weight, adversarial
         # The same weights behind wrappers that average gradients over processes. Each player's own step goes
         # through its wrapper; the discriminator serves in the autoencoder's step as the bare network.
         discriminator = players.adversary.discriminator if players.adversary is not None else None
-        self._reduced_autoencoder = accelerator.prepare(players.autoencoder)
-        self._reduced_log_variance = self._prepared(players.log_variance)
-        self._reduced_discriminator = self._prepared(discriminator)
-        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+        self._reduced_autoencoder = accumulation.prepare(players.autoencoder)
+        self._reduced_log_variance = accumulation.prepare(players.log_variance)
+        self._reduced_discriminator = accumulation.prepare(discriminator)
 
     def step(self, step: int, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Take step number ``step`` on this process's share of the batch; return the detached loss terms."""
-        images = [next(batches)["image"].to(self._accelerator.device) for _ in self._micro_batches()]
+        images = [next(batches)["image"].to(self._accumulation.device) for _ in self._accumulation.micro_batches()]
         adversary = self._players.adversary if step >= self._adversarial.start_step else None
         terms, reconstructions = self.autoencoder_step(step, images, adversary)
         if adversary is not None:
@@ -136,17 +130,16 @@ class AutoencoderTrainer:
         if adversary is not None:
             adversary.discriminator.requires_grad_(False)
         self._players.optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms, reconstructions = [], []
         reduced = (self._reduced_autoencoder, self._reduced_log_variance)
-        for number, images in zip(self._micro_batches(*reduced), batches):
-            noise = generator(images.device, self._seed, "posterior", step, number)
+        for number, images in zip(self._accumulation.micro_batches(*reduced), batches):
+            noise = self._accumulation.random("posterior", step, number)
             reconstruction = self.reconstruct(images, noise)
             terms.append(self.autoencoder_losses(images, reconstruction, adversary))
-            self._accelerator.backward(weight * terms[-1]["loss"])
+            self._accumulation.backward(terms[-1]["loss"])
             reconstructions.append(reconstruction.images.detach())
         self._players.optimizer.step()
-        self._players.ema.update(self._players.autoencoder, self._batch_size, step * self._batch_size)
+        self._accumulation.average(self._players.ema, self._players.autoencoder, step)
         return mean_terms(terms), reconstructions
 
     def discriminator_step(
@@ -155,12 +148,12 @@ class AutoencoderTrainer:
         """Train the discriminator on this process's micro-batches of images and their detached reconstructions."""
         adversary.discriminator.requires_grad_(True)
         adversary.optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
-        for _, images, fakes in zip(self._micro_batches(self._reduced_discriminator), batches, reconstructions):
+        numbers = self._accumulation.micro_batches(self._reduced_discriminator)
+        for _, images, fakes in zip(numbers, batches, reconstructions):
             real_logits, fake_logits = self._reduced_discriminator(torch.cat([images, fakes])).chunk(2)
             terms.append({"discriminator": discriminator_loss(real_logits, fake_logits, self._adversarial.kind)})
-            self._accelerator.backward(weight * terms[-1]["discriminator"])
+            self._accumulation.backward(terms[-1]["discriminator"])
         adversary.optimizer.step()
         return mean_terms(terms)
 
@@ -202,10 +195,3 @@ class AutoencoderTrainer:
         # needs no further exchange between them, and no second pass once all gradients are known.
         last_layer = self._players.autoencoder.decoder.conv_out.weight
         return {"adversarial": loss, "adaptive_weight": adaptive_weight(distance, loss, last_layer)}
-
-    def _prepared(self, network: nn.Module | None) -> Any:
-        return None if network is None else self._accelerator.prepare(network)
-
-    def _micro_batches(self, *models: nn.Module | None) -> Iterator[int]:
-        present = [model for model in models if model is not None]
-        return micro_batches(self._accelerator, self._num_micro_batches, *present)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from ldgan.engine.ema import EMA
+from ldgan.engine.seeding import generator
 
 
 class Split(NamedTuple):
@@ -33,25 +37,58 @@ class Split(NamedTuple):
         return f"{changes}: steps see the same samples, but draw other noise{advice}"
 
 
-def micro_batches(accelerator: Accelerator, num_micro_batches: int, *models: nn.Module) -> Iterator[int]:
-    """Yield the numbers of this process's micro-batches: those m with m % num_processes == rank.
+@dataclass(frozen=True)
+class Accumulation:
+    """How trainers take a step: by the gradients of micro-batches, whose noise is drawn by step and number.
 
-    Noise is drawn and data are read by this number, so two processes with one micro-batch each compute what
-    one process computes with two. ``models``, as `Accelerator.prepare` returned them, reduce their gradients
-    over processes with the last one only. The loss of each is to be multiplied by `micro_batch_weight`.
+    So two processes with one micro-batch each compute what one process computes with two. ``batch_size`` counts the
+    images of a step over all processes; ``seed`` decides all noise.
     """
-    numbers = range(accelerator.process_index, num_micro_batches, accelerator.num_processes)
-    for number in numbers:
-        with ExitStack() as stack:
-            if number != numbers[-1]:
-                for model in models:
-                    stack.enter_context(accelerator.no_sync(model))
-            yield number
 
+    accelerator: Accelerator
+    num_micro_batches: int
+    batch_size: int
+    seed: int
 
-def micro_batch_weight(accelerator: Accelerator, num_micro_batches: int) -> float:
-    """What makes gradients, summed over micro-batches and averaged over processes, the mean over micro-batches."""
-    return accelerator.num_processes / num_micro_batches
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def weight(self) -> float:
+        """What makes gradients, summed over micro-batches and averaged over processes, the mean over micro-batches."""
+        return self.accelerator.num_processes / self.num_micro_batches
+
+    def prepare(self, model: nn.Module | None) -> Any:
+        """The same weights behind a wrapper that averages gradients over processes; None for None."""
+        return None if model is None else self.accelerator.prepare(model)
+
+    def micro_batches(self, *models: nn.Module | None) -> Iterator[int]:
+        """Yield the numbers of this process's micro-batches: those m with m % num_processes == rank.
+
+        ``models``, as `prepare` returned them, reduce their gradients over processes with the last one
+        only.
+        """
+        numbers = range(self.accelerator.process_index, self.num_micro_batches, self.accelerator.num_processes)
+        for number in numbers:
+            with ExitStack() as stack:
+                if number != numbers[-1]:
+                    for model in filter(None, models):
+                        stack.enter_context(self.accelerator.no_sync(model))
+                yield number
+
+    def backward(self, *terms: Tensor) -> None:
+        """Add the gradient of the sum of a micro-batch's loss terms, scalars, at the `weight` of a micro-batch."""
+        self.accelerator.backward(self.weight * sum(terms))
+
+    def random(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
+        """The random numbers of one micro-batch for one purpose; nothing else draws from them."""
+        return generator(self.device, self.seed, purpose, step, micro_batch)
+
+    def average(self, ema: EMA, model: nn.Module, step: int) -> None:
+        """Move the average of ``model``'s weights by what step 1, 2, ... has made of them."""
+        ema.update(model, self.batch_size, step * self.batch_size)
 
 
 def mean_terms(micro_batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

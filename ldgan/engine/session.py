@@ -33,10 +33,10 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, set_seed
 from torch import Tensor
 
-from ldgan.engine.accumulation import Split
+from ldgan.engine.accumulation import Accumulation, Split
 from ldgan.engine.checkpoint import (
     DESCRIPTION_FILE,
     DamagedCheckpointError,
@@ -87,6 +87,11 @@ class RunConfig:
             )
         return number, self.batch_size // number
 
+    def accumulation(self, accelerator: Accelerator) -> Accumulation:
+        """How trainers take the steps of this run."""
+        number, _ = self.micro_batches(accelerator.num_processes)
+        return Accumulation(accelerator, number, self.batch_size, self.seed)
+
 
 # What may differ when a run is resumed. A run that is made longer goes on from the step it reached, on the
 # schedules of the new length. What a change of the machine brings along is said; see `Split`.
@@ -132,6 +137,13 @@ def make_accelerator(
         # Otherwise `accelerate launch` leaves a process without an accelerator a single thread.
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(num_threads or max(1, num_cores // accelerator.num_processes))
+    return accelerator
+
+
+def start(run: RunConfig) -> Accelerator:
+    """The accelerator of a run, whose seed decides the weights that are drawn from here on."""
+    accelerator = make_accelerator(run.precision, run.num_threads, run.timeout_minutes)
+    set_seed(run.seed)
     return accelerator
 
 

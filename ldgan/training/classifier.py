@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from ldgan.diffusion.process import Diffusion
-from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator as random_generator
 from ldgan.engine.seeding import noise_like
 from ldgan.models.classifier import Classifier
 from ldgan.training.data import DataSource
@@ -25,35 +23,29 @@ class ClassifierTrainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accumulation: Accumulation,
         diffusion: Diffusion,
         classifier: Classifier,
         optimizer: torch.optim.Optimizer,
         ema: EMA[Classifier],
-        *,
-        num_micro_batches: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
-        self._accelerator, self._diffusion = accelerator, diffusion
+        self._accumulation, self._diffusion = accumulation, diffusion
         self._classifier, self._optimizer, self._ema = classifier, optimizer, ema
         # The same weights behind a wrapper that averages gradients over processes.
-        self._reduced_classifier = accelerator.prepare(classifier)
-        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+        self._reduced_classifier = accumulation.prepare(classifier)
 
     def step(self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Take step number ``step`` on this process's share of the batch; return the detached terms."""
         self._optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
-        for number in micro_batches(self._accelerator, self._num_micro_batches, self._reduced_classifier):
+        for number in self._accumulation.micro_batches(self._reduced_classifier):
             batch = next(batches)
-            x_0 = source.x_0(batch, self._random("x_0", step, number))
-            labels = source.labels(batch, self._accelerator.device)
-            terms.append(self.terms(x_0, labels, self._random("classifier", step, number)))
-            self._accelerator.backward(weight * terms[-1]["loss"])
+            x_0 = source.x_0(batch, self._accumulation.random("x_0", step, number))
+            labels = source.labels(batch, x_0.device)
+            terms.append(self.terms(x_0, labels, self._accumulation.random("classifier", step, number)))
+            self._accumulation.backward(terms[-1]["loss"])
         self._optimizer.step()
-        self._ema.update(self._classifier, self._batch_size, step * self._batch_size)
+        self._accumulation.average(self._ema, self._classifier, step)
         return mean_terms(terms)
 
     def terms(self, x_0: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
@@ -64,9 +56,6 @@ class ClassifierTrainer:
         parts = right.tensor_split(min(NUM_PARTS, len(right)))  # t rises along the batch
         accuracies = {f"accuracy_{number}": part.mean() for number, part in enumerate(parts, start=1)}
         return {"loss": F.cross_entropy(logits, labels), **accuracies}
-
-    def _random(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
-        return random_generator(self._accelerator.device, self._seed, purpose, step, micro_batch)
 
 
 def spread_timesteps(batch_size: int, num_steps: int, random: torch.Generator) -> Tensor:

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldgan.diffusion.process import Diffusion, Predicts, Variance
-from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator, noise_like
+from ldgan.engine.seeding import noise_like
 from ldgan.models.unet import UNet
 from ldgan.training.data import DataSource, drop_labels
 from ldgan.training.losses import simple_loss, variational_bound
@@ -36,7 +35,7 @@ class DDPMTrainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accumulation: Accumulation,
         diffusion: Diffusion,
         learner: Denoising,
         *,
@@ -45,33 +44,28 @@ class DDPMTrainer:
         vlb_weight: float,
         label_dropout: float,
         max_gradient_norm: float,
-        num_micro_batches: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
         """``max_gradient_norm`` 0 leaves gradients as they are; ``vlb_weight`` counts for a learned variance alone."""
-        self._accelerator, self._diffusion, self._learner = accelerator, diffusion, learner
-        self._reduced_network = accelerator.prepare(learner.network)  # averages gradients over processes
+        self._accumulation, self._diffusion, self._learner = accumulation, diffusion, learner
+        self._reduced_network = accumulation.prepare(learner.network)  # averages gradients over processes
         self._predicts, self._variance, self._vlb_weight = predicts, variance, vlb_weight
         self._label_dropout, self._max_gradient_norm = label_dropout, max_gradient_norm
-        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
 
     def step(self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Take step number ``step``; return the detached loss terms, unweighted."""
         self._learner.optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
-        for number in micro_batches(self._accelerator, self._num_micro_batches, self._reduced_network):
+        for number in self._accumulation.micro_batches(self._reduced_network):
             batch = next(batches)
-            x_0 = source.x_0(batch, self._random("x_0", step, number))
+            x_0 = source.x_0(batch, self._accumulation.random("x_0", step, number))
             labels = source.labels(batch, x_0.device) if self._learner.network.num_classes > 0 else None
-            terms.append(self.losses(x_0, labels, self._random("network", step, number)))
+            terms.append(self.losses(x_0, labels, self._accumulation.random("network", step, number)))
             weights = {"simple": 1.0, "vlb": self._vlb_weight}
-            self._accelerator.backward(weight * sum(weights[name] * term for name, term in terms[-1].items()))
+            self._accumulation.backward(*(weights[name] * term for name, term in terms[-1].items()))
         if self._max_gradient_norm > 0:
             nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._max_gradient_norm)
         self._learner.optimizer.step()
-        self._learner.ema.update(self._learner.network, self._batch_size, step * self._batch_size)
+        self._accumulation.average(self._learner.ema, self._learner.network, step)
         return mean_terms(terms)
 
     def losses(self, x_0: Tensor, labels: Tensor | None, random: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +90,3 @@ class DDPMTrainer:
         learned = self._diffusion.denoised(output, x_t, t, self._predicts, "learned")
         bound = variational_bound(true.mean, true.std, learned.mean, learned.std)
         return {"simple": simple_loss(estimate, target), "vlb": self._diffusion.num_steps * bound}
-
-    def _random(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
-        """The random numbers of one micro-batch; nothing else draws from them."""
-        return generator(self._accelerator.device, self._seed, purpose, step, micro_batch)

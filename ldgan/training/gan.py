@@ -16,17 +16,15 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoencoder.inference.text import Text
 from ldgan.diffusion.process import Diffusion, Predicts
-from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator as random_generator
 from ldgan.engine.seeding import noise_like
 from ldgan.models.conditions import Conditions, drop_text, mismatched
 from ldgan.models.discriminator import Discriminator
@@ -144,7 +142,7 @@ class DiffusionGANTrainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accumulation: Accumulation,
         diffusion: Diffusion,
         players: Players,
         *,
@@ -155,21 +153,17 @@ class DiffusionGANTrainer:
         loss: LossConfig,
         phases: PhasesConfig,
         timestep_weights: Sequence[float],
-        num_micro_batches: int,
-        batch_size: int,
-        seed: int,
     ) -> None:
         """``predicts`` tells what the generator's output is; a one-shot generator's is x_0."""
-        self._accelerator, self._diffusion, self._players = accelerator, diffusion, players
+        self._accumulation, self._diffusion, self._players = accumulation, diffusion, players
         self._one_shot, self._predicts = objective == "one_shot", predicts
         self._label_dropout, self._caption_dropout = label_dropout, caption_dropout
         self._loss, self._phases = loss, phases
         # The same weights behind a wrapper that averages gradients over processes. Each player's own step goes
         # through its wrapper; the other player only serves there, as the bare network.
-        self._reduced_generator = accelerator.prepare(players.generator)
-        self._reduced_discriminator = accelerator.prepare(players.discriminator)
-        self._timestep_weights = torch.tensor(timestep_weights, device=accelerator.device)
-        self._num_micro_batches, self._batch_size, self._seed = num_micro_batches, batch_size, seed
+        self._reduced_generator = accumulation.prepare(players.generator)
+        self._reduced_discriminator = accumulation.prepare(players.discriminator)
+        self._timestep_weights = torch.tensor(timestep_weights, device=accumulation.device)
 
     def step(
         self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]], progress: float
@@ -178,7 +172,7 @@ class DiffusionGANTrainer:
 
         Both players train on the same x_0, but each draws t and noise of its own.
         """
-        data = [self._read(source, next(batches), step, number) for number in self._micro_batches()]
+        data = [self._read(source, next(batches), step, number) for number in self._accumulation.micro_batches()]
         game_step = step - self._phases.pretraining_steps
         terms: dict[str, Tensor] = {}
         if game_step > 0:
@@ -191,13 +185,13 @@ class DiffusionGANTrainer:
         """Train the discriminator on this process's micro-batches; the generator takes no gradient."""
         self._players.discriminator.requires_grad_(True)
         self._players.discriminator_optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         penalise = step % self._loss.r1_every_steps == 0
         terms = []
-        for number, batch in zip(self._micro_batches(self._reduced_discriminator), batches):
-            terms.append(self.discriminator_losses(batch, self._random("discriminator", step, number), penalise))
+        for number, batch in zip(self._accumulation.micro_batches(self._reduced_discriminator), batches):
+            random = self._accumulation.random("discriminator", step, number)
+            terms.append(self.discriminator_losses(batch, random, penalise))
             # One backward for all terms: a second one would not be averaged over processes.
-            self._accelerator.backward(weight * sum(terms[-1].values()))
+            self._accumulation.backward(*terms[-1].values())
         self._players.discriminator_optimizer.step()
         return mean_terms(terms)
 
@@ -205,14 +199,14 @@ class DiffusionGANTrainer:
         """Train the generator on this process's micro-batches; the discriminator takes no gradient."""
         self._players.discriminator.requires_grad_(False)
         self._players.generator_optimizer.zero_grad(set_to_none=True)
-        weight = micro_batch_weight(self._accelerator, self._num_micro_batches)
         terms = []
-        for number, batch in zip(self._micro_batches(self._reduced_generator), batches):
-            terms.append(self.generator_losses(batch, self._random("generator", step, number), adversarial))
+        for number, batch in zip(self._accumulation.micro_batches(self._reduced_generator), batches):
+            random = self._accumulation.random("generator", step, number)
+            terms.append(self.generator_losses(batch, random, adversarial))
             weights = {"l1": l1_weight, "energy": self._loss.energy_weight, "generator": 1.0}
-            self._accelerator.backward(weight * sum(weights[name] * term for name, term in terms[-1].items()))
+            self._accumulation.backward(*(weights[name] * term for name, term in terms[-1].items()))
         self._players.generator_optimizer.step()
-        self._players.ema.update(self._players.generator, self._batch_size, step * self._batch_size)
+        self._accumulation.average(self._players.ema, self._players.generator, step)
         return mean_terms(terms)
 
     def discriminator_losses(self, batch: Batch, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
@@ -271,7 +265,7 @@ class DiffusionGANTrainer:
 
     def _read(self, source: DataSource, batch: dict[str, Tensor], step: int, number: int) -> Batch:
         """x_0 and, for players with classes or text, labels or captions of a batch of the dataset."""
-        x_0, generator = source.x_0(batch, self._random("x_0", step, number)), self._players.generator
+        x_0, generator = source.x_0(batch, self._accumulation.random("x_0", step, number)), self._players.generator
         labels = source.labels(batch, x_0.device) if generator.num_classes > 0 else None
         return Batch(x_0, labels, source.text(batch, x_0.device) if generator.text_dim > 0 else None)
 
@@ -317,10 +311,3 @@ class DiffusionGANTrainer:
             return gradient_penalty(logits, x)
         epsilon = self._loss.penalty_epsilon
         return finite_difference_penalty(logits, judge(x + epsilon * noise_like(x, random)), epsilon)
-
-    def _micro_batches(self, *models: nn.Module) -> Iterator[int]:
-        return micro_batches(self._accelerator, self._num_micro_batches, *models)
-
-    def _random(self, player: str, step: int, micro_batch: int) -> torch.Generator:
-        """The random numbers of one player's micro-batch; nothing else draws from them."""
-        return random_generator(self._accelerator.device, self._seed, player, step, micro_batch)

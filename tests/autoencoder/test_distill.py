@@ -21,6 +21,7 @@ from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint
 from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.training.distillation import DistillationTrainer, agreement_metrics, measure_agreement
 from data_prep.shards import ShardWriter
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
@@ -48,7 +49,7 @@ def new_trainer(
     ema: EMA[LightDecoder] | None = None,
 ) -> DistillationTrainer:
     return DistillationTrainer(
-        Accelerator(cpu=True),
+        Accumulation(Accelerator(cpu=True), num_micro_batches, BATCH_SIZE, SEED),
         autoencoder.eval().requires_grad_(False),
         light,
         optimizer,
@@ -56,9 +57,6 @@ def new_trainer(
         perceptual,  # type: ignore[arg-type]  # any distance will do
         distance="l2",
         perceptual_weight=0.5,
-        num_micro_batches=num_micro_batches,
-        batch_size=BATCH_SIZE,
-        seed=SEED,
     )
 
 

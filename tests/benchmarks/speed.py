@@ -31,6 +31,7 @@ from autoencoder.train import build_players
 from autoencoder.training.vae import AutoencoderTrainer
 from ldgan.diffusion.process import build_diffusion
 from ldgan.engine import cli
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.config import load_config
 from ldgan.engine.session import make_accelerator
 from ldgan.inference.trained_model import TrainedModel
@@ -102,15 +103,12 @@ def timed(work: Callable[[], object], repeats: int, warmup: int = 3) -> list[flo
 def autoencoder_step(accelerator: Accelerator, config: AutoencoderTrainConfig, resolution: int) -> Callable[[], object]:
     """One training step of stage 1 on random images, of both players where the config has two."""
     trainer = AutoencoderTrainer(
-        accelerator,
+        Accumulation(accelerator, 1, config.run.batch_size, 0),
         build_players(config, accelerator.device),
         build_perceptual(config.perceptual, accelerator.device),
         loss=config.loss,
         perceptual_weight=config.perceptual.weight,
         adversarial=config.adversarial,
-        num_micro_batches=1,
-        batch_size=config.run.batch_size,
-        seed=0,
     )
     batch = {"image": torch.rand(config.run.batch_size, 3, resolution, resolution) * 2 - 1}
     steps = itertools.count(config.adversarial.start_step)
@@ -123,7 +121,7 @@ def diffusion_gan(
     """Fresh players of stage 2, and their trainer."""
     players = build_gan_players(config, data_shape, 0, accelerator.device)
     trainer = DiffusionGANTrainer(
-        accelerator,
+        Accumulation(accelerator, 1, config.run.batch_size, 0),
         build_diffusion(config.schedule, config.num_timesteps, config.beta_max),
         players,
         objective=config.objective,
@@ -132,9 +130,6 @@ def diffusion_gan(
         loss=config.loss,
         phases=config.phases,
         timestep_weights=[1.0] * config.num_timesteps,
-        num_micro_batches=1,
-        batch_size=config.run.batch_size,
-        seed=0,
     )
     return players, trainer
 

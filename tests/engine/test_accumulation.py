@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import pytest
 from torch import nn
 
-from ldgan.engine.accumulation import micro_batch_weight, micro_batches
+from ldgan.engine.accumulation import Accumulation
 
 
 @dataclass
 class Process:
-    """What `micro_batches` needs of an accelerator, on one of several processes."""
+    """What `Accumulation` needs of an accelerator, on one of several processes."""
 
     process_index: int
     num_processes: int
@@ -25,6 +25,10 @@ class Process:
         self.unreduced.append(model)
         yield
         self.unreduced.remove(model)
+
+
+def accumulation(process: Process, num_micro_batches: int) -> Accumulation:
+    return Accumulation(process, num_micro_batches, batch_size=12, seed=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -41,12 +45,12 @@ def test_processes_share_the_micro_batches(
     num_processes: int, num_micro_batches: int, numbers: list[list[int]]
 ) -> None:
     processes = [Process(rank, num_processes) for rank in range(num_processes)]
-    assert [list(micro_batches(process, num_micro_batches)) for process in processes] == numbers
+    assert [list(accumulation(process, num_micro_batches).micro_batches()) for process in processes] == numbers
 
 
 def test_gradients_are_reduced_with_the_last_micro_batch_only() -> None:
     process, models = Process(1, 2), [nn.Identity(), nn.Identity()]
-    seen = [(number, len(process.unreduced)) for number in micro_batches(process, 6, *models)]
+    seen = [(number, len(process.unreduced)) for number in accumulation(process, 6).micro_batches(*models)]
     assert seen == [(1, 2), (3, 2), (5, 0)]
 
 
@@ -57,7 +61,6 @@ def test_weighted_sums_averaged_over_processes_are_the_mean_over_micro_batches(
     values = [float(number**2) for number in range(num_micro_batches)]
     sums = []
     for rank in range(num_processes):
-        process = Process(rank, num_processes)
-        weight = micro_batch_weight(process, num_micro_batches)
-        sums.append(sum(weight * values[number] for number in micro_batches(process, num_micro_batches)))
+        own = accumulation(Process(rank, num_processes), num_micro_batches)
+        sums.append(sum(own.weight * values[number] for number in own.micro_batches()))
     assert sum(sums) / num_processes == pytest.approx(sum(values) / num_micro_batches)

@@ -37,6 +37,7 @@ from autoencoder.training.vae import (
 from data_prep.images import encode_image
 from data_prep.loader import ImageDataset
 from data_prep.shards import ShardSet, ShardWriter
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
@@ -100,15 +101,12 @@ def new_game(tiny_autoencoder: Any) -> Any:
             discriminator = PatchDiscriminator(image_channels=3, base_channels=4, num_layers=1)
             players.adversary = Adversary(discriminator, torch.optim.SGD(discriminator.parameters(), lr))
         trainer = AutoencoderTrainer(
-            Accelerator(cpu=True),
+            Accumulation(Accelerator(cpu=True), num_micro_batches, BATCH_SIZE, SEED),
             players,
             PerceptualDistance(Edges(), name="edges", min_size=1) if perceptual else None,
             loss=loss,
             perceptual_weight=PERCEPTUAL_WEIGHT,
             adversarial=adversarial or AdversarialConfig(),
-            num_micro_batches=num_micro_batches,
-            batch_size=BATCH_SIZE,
-            seed=SEED,
         )
         return Game(trainer, players)
 

@@ -19,6 +19,7 @@ from data_prep.images import encode_image
 from data_prep.shards import ShardWriter
 from ldgan import train_classifier
 from ldgan.diffusion.process import Diffusion, build_diffusion, linear_betas
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.ema import EMA
 from ldgan.inference.trained_classifier import load_classifier, same_process
@@ -64,14 +65,11 @@ def new_trainer(classifier: nn.Module, num_micro_batches: int = 1) -> Classifier
     """Gradient descent with rate 1: a step moves weights by minus their gradient."""
     parameters = list(classifier.parameters()) or [torch.zeros(1)]
     return ClassifierTrainer(
-        Accelerator(cpu=True),
+        Accumulation(Accelerator(cpu=True), num_micro_batches, 8, 0),
         build_diffusion("vp", T),
         classifier,
         torch.optim.SGD(parameters, lr=1.0),
         EMA(classifier, halflife_images=8, rampup_ratio=None),
-        num_micro_batches=num_micro_batches,
-        batch_size=8,
-        seed=0,
     )
 
 

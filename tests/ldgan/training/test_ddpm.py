@@ -21,6 +21,7 @@ from data_prep.shards import ShardWriter
 from ldgan import train_ddpm
 from ldgan.diffusion.process import Diffusion, cosine_betas, linear_betas
 from ldgan.diffusion.samplers import SamplerConfig
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
@@ -43,9 +44,9 @@ def trainer_of(network: nn.Module, diffusion: Diffusion | None = None, **setting
     parameters = list(network.parameters()) or [torch.zeros(())]
     learner = Denoising(network, torch.optim.SGD(parameters, lr=1.0), EMA(network, 8, rampup_ratio=None))
     defaults = dict(predicts="noise", variance="posterior", vlb_weight=0.1, label_dropout=0.0, max_gradient_norm=0.0)
-    numbers = dict(num_micro_batches=1, batch_size=BATCH_SIZE, seed=SEED)
+    accumulation = Accumulation(Accelerator(cpu=True), settings.pop("num_micro_batches", 1), BATCH_SIZE, SEED)
     diffusion = diffusion or Diffusion(cosine_betas(NUM_STEPS))
-    return DDPMTrainer(Accelerator(cpu=True), diffusion, learner, **defaults | numbers | settings)
+    return DDPMTrainer(accumulation, diffusion, learner, **defaults | settings)
 
 
 def tiny_network(*, num_classes: int = 0, learned_variance: bool = False) -> nn.Module:

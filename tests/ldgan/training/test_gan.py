@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldgan.diffusion.process import Diffusion, Predicts, vp_betas
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
@@ -77,7 +78,7 @@ def new_game(
     )
     ema = EMA(generator, halflife_images=8, rampup_ratio=None)
     trainer = DiffusionGANTrainer(
-        Accelerator(cpu=True),
+        Accumulation(Accelerator(cpu=True), num_micro_batches, BATCH_SIZE, SEED),
         DIFFUSION,
         Players(
             generator,
@@ -92,9 +93,6 @@ def new_game(
         loss=LossConfig(**loss),
         phases=phases or PhasesConfig(),
         timestep_weights=timestep_weights,
-        num_micro_batches=num_micro_batches,
-        batch_size=BATCH_SIZE,
-        seed=SEED,
     )
     return Game(trainer, generator, discriminator, ema)
 

@@ -28,6 +28,7 @@ from ldgan import train
 from ldgan.diffusion.guidance import classifier_free
 from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.diffusion.samplers import SamplerConfig
+from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config, to_dict
@@ -204,7 +205,7 @@ def new_game(caption_dropout: float = 0.0, **loss: Any) -> tuple[DiffusionGANTra
     """Tiny players under gradient descent with rate 1."""
     generator, discriminator = small_unet(), small_discriminator()
     trainer = DiffusionGANTrainer(
-        Accelerator(cpu=True),
+        Accumulation(Accelerator(cpu=True), 1, 4, 7),
         Diffusion(vp_betas(4)),
         Players(
             generator,
@@ -220,9 +221,6 @@ def new_game(caption_dropout: float = 0.0, **loss: Any) -> tuple[DiffusionGANTra
         loss=LossConfig(**loss),
         phases=PhasesConfig(),
         timestep_weights=[1.0] * 4,
-        num_micro_batches=1,
-        batch_size=4,
-        seed=7,
     )
     return trainer, generator, discriminator
 
