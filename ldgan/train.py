@@ -167,12 +167,12 @@ def build_players(
     try:
         generator = build_unet(config.generator, data_shape, num_classes, text_dim=text_dim).to(device)
         discriminator = Discriminator(
+            config.discriminator,
             channels=channels,
             resolution=side,
             num_classes=num_classes,
             pairs=pairs,
             text_dim=text_dim,
-            **vars(config.discriminator),
         ).to(device)
     except ValueError as error:
         raise cli.UserError(f"generator or discriminator: {error}") from error

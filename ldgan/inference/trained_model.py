@@ -50,12 +50,12 @@ def build_unet(
     """A fresh network for square data of shape (C, s, s); a learned variance doubles its output channels."""
     channels, side, _ = data_shape
     return UNet(
+        config,
         channels=channels,
         resolution=side,
         out_channels=2 * channels if learned_variance else channels,
         num_classes=num_classes,
         text_dim=text_dim,
-        **vars(config),
     )
 
 

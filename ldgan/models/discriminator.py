@@ -8,7 +8,6 @@ code starts with the second convolution of each block at zero, and has leaky ReL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,46 +56,38 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
+        numbers: DiscriminatorConfig,
         *,
         channels: int,
         resolution: int,
         num_classes: int,
         pairs: bool = True,
-        widths: Sequence[int],
-        downsample_first: bool,
-        stem_width: int,
-        stem_kernel_size: int,
-        embedding_dim: int,
-        fir: bool,
-        attention_resolutions: Sequence[int],
-        class_conditioning: ClassConditioning,
         text_dim: int = 0,
     ) -> None:
         """The data are (channels, resolution, resolution); ``text_dim`` 0 is no text, as ``num_classes`` 0 no labels.
-
-        The other numbers are those of `DiscriminatorConfig`.
 
         Raises:
             ValueError: the blocks cannot halve the resolution, or there is no output of a side with attention.
         """
         super().__init__()
+        widths, attended = numbers.widths, numbers.attention_resolutions
         modes: list[ResampleMode] = ["down"] * len(widths)
-        if not downsample_first:
+        if not numbers.downsample_first:
             modes[0] = "none"
         sides = [resolution >> modes[: level + 1].count("down") for level in range(len(widths))]
         if resolution != sides[-1] << modes.count("down"):
             raise ValueError(f"widths {list(widths)} halve the side {modes.count('down')} times; it is {resolution}")
-        if unknown := set(attention_resolutions) - set(sides):
+        if unknown := set(attended) - set(sides):
             raise ValueError(f"attention_resolutions has {min(unknown)}; the blocks' outputs have sides {sides}")
 
         self.num_classes, self.pairs = num_classes, pairs
-        stem_width = stem_width or widths[0]
-        self.time_embedding = TimeEmbedding(embedding_dim, embedding_dim)
+        stem_width = numbers.stem_width or widths[0]
+        self.time_embedding = TimeEmbedding(numbers.embedding_dim, numbers.embedding_dim)
         self.conv_in = nn.Conv2d(
-            (2 if pairs else 1) * channels, stem_width, stem_kernel_size, padding=stem_kernel_size // 2
+            (2 if pairs else 1) * channels, stem_width, numbers.stem_kernel_size, padding=numbers.stem_kernel_size // 2
         )
         self.blocks = nn.ModuleList(
-            DiscriminatorBlock(i, o, embedding_dim, Resample(mode, fir), attention=side in attention_resolutions)
+            DiscriminatorBlock(i, o, numbers.embedding_dim, Resample(mode, numbers.fir), attention=side in attended)
             for i, o, mode, side in zip([stem_width, *widths[:-1]], widths, modes, sides)
         )
         self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)  # + 1: minibatch stddev
@@ -104,8 +95,8 @@ class Discriminator(nn.Module):
         self.projected_text = PooledText(text_dim, widths[-1]) if text_dim > 0 else None
         initialise(self)
         self.added = self.projected = None
-        if num_classes > 0 and class_conditioning == "added":
-            self.added = label_embedding(num_classes, embedding_dim)
+        if num_classes > 0 and numbers.class_conditioning == "added":
+            self.added = label_embedding(num_classes, numbers.embedding_dim)
         elif num_classes > 0:
             self.projected = label_embedding(num_classes, widths[-1])
 

@@ -7,7 +7,6 @@ al. (arXiv 2112.07804, appendix C). The other options of NCSN++ and those of ADM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,106 +102,87 @@ class UNet(nn.Module):
 
     def __init__(
         self,
+        numbers: UNetConfig,
         *,
         channels: int,
         resolution: int,
         out_channels: int,
         num_classes: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        attention_layout: AttentionLayout,
-        num_heads: int,
-        head_channels: int,
-        resblock: ResBlock,
-        fir: bool,
-        progressive_input: ProgressiveInput,
-        rescale: bool,
-        z_dim: int,
-        num_mapping_layers: int,
-        style_dim: int,
-        z_conditioning: Conditioning,
-        adaptive_output_norm: bool,
-        embedding_dim: int,
-        time_embedding: TimeEmbeddingKind,
-        time_conditioning: Conditioning,
-        dropout: float,
-        text_conditioning: TextConditioning,
-        text_attention_resolutions: Sequence[int],
         text_dim: int = 0,
     ) -> None:
-        """``num_classes`` 0: no labels. ``text_dim`` 0: no text. `UNetConfig` tells what the rest means.
+        """``num_classes`` 0: no labels. ``text_dim`` 0: no text. The data are (channels, resolution, resolution).
 
         Raises:
-            ValueError: two arguments contradict each other, or a level would have no block.
+            ValueError: two numbers contradict each other, or a level would have no block.
         """
         super().__init__()
-        if num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks is {num_res_blocks}; give 1 or more")
-        sides = level_sides(resolution, channel_multipliers)
-        text_resolutions = tuple(text_attention_resolutions or attention_resolutions)
-        if text_dim == 0 or text_conditioning == "pooled":
+        if numbers.num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks is {numbers.num_res_blocks}; give 1 or more")
+        sides = level_sides(resolution, numbers.channel_multipliers)
+        text_resolutions = tuple(numbers.text_attention_resolutions or numbers.attention_resolutions)
+        if text_dim == 0 or numbers.text_conditioning == "pooled":
             text_resolutions = ()
         elif not set(text_resolutions) & set(sides):
             raise ValueError(
                 f"no feature map would attend to captions: text_attention_resolutions has {[*text_resolutions]}, and"
                 f" the sides are {sides}; give one of these, or text_conditioning=pooled"
             )
-        self.z_dim, self.num_classes, self.text_dim = z_dim, num_classes, text_dim
-        self.z_conditioning, self.time_conditioning = z_conditioning, time_conditioning
-        style_dim = (style_dim or embedding_dim) if z_dim > 0 else 0
-        self.mapping = MappingNetwork(z_dim, style_dim, num_mapping_layers) if z_dim > 0 else None
-        self.time_embedding = TimeEmbedding(base_channels, embedding_dim, time_embedding)
-        self.label_embedding = label_embedding(num_classes, embedding_dim) if num_classes > 0 else None
+        self.z_dim, self.num_classes, self.text_dim = numbers.z_dim, num_classes, text_dim
+        self.z_conditioning, self.time_conditioning = numbers.z_conditioning, numbers.time_conditioning
+        style_dim = (numbers.style_dim or numbers.embedding_dim) if numbers.z_dim > 0 else 0
+        self.mapping = (
+            MappingNetwork(numbers.z_dim, style_dim, numbers.num_mapping_layers) if numbers.z_dim > 0 else None
+        )
+        self.time_embedding = TimeEmbedding(numbers.base_channels, numbers.embedding_dim, numbers.time_embedding)
+        self.label_embedding = label_embedding(num_classes, numbers.embedding_dim) if num_classes > 0 else None
         # Beside cross-attention too: one vector costs nothing, and it reaches every block, at every resolution.
-        self.text_embedding = PooledText(text_dim, embedding_dim) if text_dim > 0 else None
+        self.text_embedding = PooledText(text_dim, numbers.embedding_dim) if text_dim > 0 else None
 
-        steering = style_dim if z_conditioning == "adaptive_norm" else 0
-        added = embedding_dim if time_conditioning == "add" else 0
+        steering = style_dim if numbers.z_conditioning == "adaptive_norm" else 0
+        added = numbers.embedding_dim if numbers.time_conditioning == "add" else 0
         build = BlockBuilder(
             norm1_dim=steering,
             added_dim=added + style_dim - steering,
-            norm2_dim=steering + embedding_dim - added,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=tuple(attention_resolutions),
-            attention_layout=attention_layout,
-            num_heads=num_heads,
-            head_channels=head_channels,
-            resblock=resblock,
-            fir=fir,
-            rescale=rescale,
-            dropout=dropout,
+            norm2_dim=steering + numbers.embedding_dim - added,
+            num_res_blocks=numbers.num_res_blocks,
+            attention_resolutions=tuple(numbers.attention_resolutions),
+            attention_layout=numbers.attention_layout,
+            num_heads=numbers.num_heads,
+            head_channels=numbers.head_channels,
+            resblock=numbers.resblock,
+            fir=numbers.fir,
+            rescale=numbers.rescale,
+            dropout=numbers.dropout,
             text_dim=text_dim,
             text_resolutions=text_resolutions,
         )
-        widths = [base_channels * multiplier for multiplier in channel_multipliers]
+        widths = [numbers.base_channels * multiplier for multiplier in numbers.channel_multipliers]
 
-        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels, numbers.base_channels, 3, padding=1)
         self.down, self.pyramid = nn.ModuleDict(), nn.ModuleDict()
-        self.scale = residual_scale(rescale)
-        width, pyramid_width, skips = base_channels, channels, [base_channels]
+        self.scale = residual_scale(numbers.rescale)
+        width, pyramid_width, skips = numbers.base_channels, channels, [numbers.base_channels]
         for side, level_width in zip(sides, widths):
             if side < resolution:
                 self.down[f"{side}x{side}_down"] = build.resampling(width, "down")
-                if progressive_input == "residual":
+                if numbers.progressive_input == "residual":
                     self.pyramid[f"{side}x{side}_down"] = build.pyramid_step(pyramid_width, width)
                     pyramid_width = width
                 skips.append(width)
             self.down.update(build.way_down(side, width, level_width))
             width = level_width
-            skips += [width] * num_res_blocks
+            skips += [width] * numbers.num_res_blocks
 
         self.middle = nn.ModuleList(build.middle(sides[-1], width))
 
         self.up = nn.ModuleDict()
         for side, level_width in zip(reversed(sides), reversed(widths)):
-            level_skips = [skips.pop() for _ in range(num_res_blocks + 1)]
+            level_skips = [skips.pop() for _ in range(numbers.num_res_blocks + 1)]
             self.up.update(build.way_up(side, width, level_width, level_skips))
             width = level_width
             if side < resolution:
                 self.up[f"{2 * side}x{2 * side}_up"] = build.resampling(width, "up")
-        self.norm_out = AdaptiveGroupNorm(width, steering if adaptive_output_norm else 0)
+        self.norm_out = AdaptiveGroupNorm(width, steering if numbers.adaptive_output_norm else 0)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         initialise(self)
         for layer in residual_outputs(self):

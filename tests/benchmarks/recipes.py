@@ -125,7 +125,7 @@ def costs(config: TrainConfig, recipe: Recipe) -> str:
     """Parameters of the generator, and GMAC of its call and of an image."""
     channels, side, _ = recipe.data_shape
     with torch.device("meta"):
-        unet = UNet(channels=channels, resolution=side, out_channels=channels, num_classes=0, **vars(config.generator))
+        unet = UNet(config.generator, channels=channels, resolution=side, out_channels=channels, num_classes=0)
         latents, z, t = torch.empty(1, *recipe.data_shape), torch.empty(1, unet.z_dim), torch.ones(1, dtype=torch.int64)
         call = count_macs(unet, latents, z, t) / 1e9
         decoding = count_macs(build_light_decoder(recipe).decode, latents) / 1e9 if recipe.light_decoder else 0.0

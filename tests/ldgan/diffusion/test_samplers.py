@@ -123,7 +123,7 @@ def test_a_batch_of_samples_equals_the_samples_one_by_one() -> None:
         num_mapping_layers=2,
         embedding_dim=8,
     )
-    generator = UNet(channels=2, resolution=4, out_channels=2, num_classes=0, **vars(config)).eval()
+    generator = UNet(config, channels=2, resolution=4, out_channels=2, num_classes=0).eval()
     model = TrainedModel(generator, Diffusion(vp_betas(4)), None, SHAPE, resolution=4)
     batch = model.sample([11, 12, 13])
     torch.testing.assert_close(torch.cat([model.sample([seed]) for seed in (11, 12, 13)]), batch)

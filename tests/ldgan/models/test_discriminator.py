@@ -31,7 +31,7 @@ LARGE = {**SMALL, "downsample_first": True}
 def fresh_discriminator(seed: int = 0, *, num_classes: int = 0, pairs: bool = True, **changes: Any) -> Discriminator:
     torch.manual_seed(seed)
     config = DiscriminatorConfig(**{"widths": [16, 32, 32], "embedding_dim": 16} | changes)
-    return Discriminator(channels=CHANNELS, resolution=SIDE, num_classes=num_classes, pairs=pairs, **vars(config))
+    return Discriminator(config, channels=CHANNELS, resolution=SIDE, num_classes=num_classes, pairs=pairs)
 
 
 def pairs(batch_size: int, num_steps: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +261,7 @@ def test_discriminators_have_the_published_number_of_parameters(
     config = load_config(TrainConfig, CONFIGS / f"{name}.yaml", []).discriminator
     channels, side = data_shape
     with torch.device("meta"):
-        discriminator = Discriminator(channels=channels, resolution=side, num_classes=0, **vars(config))
+        discriminator = Discriminator(config, channels=channels, resolution=side, num_classes=0)
     number = sum(parameter.numel() for parameter in discriminator.parameters())
     assert number == ours
     assert round(number / 1e6, 2) == published

@@ -38,7 +38,7 @@ def generator(name: str, data_shape: tuple[int, int, int]) -> UNet:
     config = load_config(TrainConfig, CONFIGS / "ldgan" / f"{name}.yaml", [])
     channels, side, _ = data_shape
     with torch.device("meta"):
-        return UNet(channels=channels, resolution=side, out_channels=channels, num_classes=0, **vars(config.generator))
+        return UNet(config.generator, channels=channels, resolution=side, out_channels=channels, num_classes=0)
 
 
 def num_parameters(network: torch.nn.Module) -> int:

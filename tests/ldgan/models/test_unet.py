@@ -41,9 +41,7 @@ def fresh_unet(*, num_classes: int = 0, out_channels: int = CHANNELS, **changes:
         "embedding_dim": 16,
     }
     config = UNetConfig(**numbers | changes)
-    return UNet(
-        channels=CHANNELS, resolution=SIDE, out_channels=out_channels, num_classes=num_classes, **vars(config)
-    ).eval()
+    return UNet(config, channels=CHANNELS, resolution=SIDE, out_channels=out_channels, num_classes=num_classes).eval()
 
 
 def moved_unet(**changes: Any) -> UNet:

@@ -66,15 +66,13 @@ def new_game(
         num_mapping_layers=1,
         embedding_dim=8,
     )
-    generator = UNet(channels=2, resolution=4, out_channels=2, num_classes=num_classes, **vars(numbers))
+    generator = UNet(numbers, channels=2, resolution=4, out_channels=2, num_classes=num_classes)
     discriminator = Discriminator(
+        DiscriminatorConfig(widths=[8, 8], embedding_dim=8, attention_resolutions=list(attention_resolutions)),
         channels=2,
         resolution=4,
         num_classes=num_classes,
         pairs=objective == "denoising",
-        **vars(
-            DiscriminatorConfig(widths=[8, 8], embedding_dim=8, attention_resolutions=list(attention_resolutions)),
-        ),
     )
     ema = EMA(generator, halflife_images=8, rampup_ratio=None)
     trainer = DiffusionGANTrainer(

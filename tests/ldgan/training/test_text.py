@@ -75,15 +75,15 @@ def small_unet(**changes: Any) -> UNet:
         "embedding_dim": 8,
     }
     num_classes, text_dim = changes.pop("num_classes", 0), changes.pop("text_dim", DIM)
-    config = vars(UNetConfig(**numbers | changes))
+    config = UNetConfig(**numbers | changes)
     torch.manual_seed(0)
-    return UNet(channels=2, resolution=4, out_channels=2, num_classes=num_classes, text_dim=text_dim, **config)
+    return UNet(config, channels=2, resolution=4, out_channels=2, num_classes=num_classes, text_dim=text_dim)
 
 
 def small_discriminator(**changes: Any) -> Discriminator:
-    config = vars(DiscriminatorConfig(widths=[8, 8], embedding_dim=8))
+    config = DiscriminatorConfig(widths=[8, 8], embedding_dim=8)
     torch.manual_seed(1)
-    return Discriminator(**{"channels": 2, "resolution": 4, "num_classes": 0, "text_dim": DIM} | config | changes)
+    return Discriminator(config, **{"channels": 2, "resolution": 4, "num_classes": 0, "text_dim": DIM} | changes)
 
 
 def inputs(batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
