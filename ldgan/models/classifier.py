@@ -36,49 +36,39 @@ class Classifier(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        channels: int,
-        resolution: int,
-        class_names: Sequence[str],
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        embedding_dim: int,
-        dropout: float,
+        self, numbers: ClassifierConfig, *, channels: int, resolution: int, class_names: Sequence[str]
     ) -> None:
-        """`ClassifierConfig` tells what the numbers mean.
+        """The data are (channels, resolution, resolution).
 
         Raises:
             ValueError: a side of a level would not be a whole number of pixels.
         """
         super().__init__()
-        sides = level_sides(resolution, channel_multipliers)
+        sides = level_sides(resolution, numbers.channel_multipliers)
         self.class_names = list(class_names)
-        self.time_embedding = TimeEmbedding(base_channels, embedding_dim)
-        self.conv_in = nn.Conv2d(channels, base_channels, 3, padding=1)
+        self.time_embedding = TimeEmbedding(numbers.base_channels, numbers.embedding_dim)
+        self.conv_in = nn.Conv2d(channels, numbers.base_channels, 3, padding=1)
         build = BlockBuilder(
             norm1_dim=0,
-            added_dim=embedding_dim,
+            added_dim=numbers.embedding_dim,
             norm2_dim=0,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=tuple(attention_resolutions),
+            num_res_blocks=numbers.num_res_blocks,
+            attention_resolutions=tuple(numbers.attention_resolutions),
             attention_layout="every_block",
             num_heads=1,
             head_channels=0,
             resblock="biggan",
             fir=False,
             rescale=True,
-            dropout=dropout,
+            dropout=numbers.dropout,
         )
         self.down = nn.ModuleDict()
-        width = base_channels
-        for side, multiplier in zip(sides, channel_multipliers):
+        width = numbers.base_channels
+        for side, multiplier in zip(sides, numbers.channel_multipliers):
             if side < resolution:
                 self.down[f"{side}x{side}_down"] = build.resampling(width, "down")
-            self.down.update(build.way_down(side, width, base_channels * multiplier))
-            width = base_channels * multiplier
+            self.down.update(build.way_down(side, width, numbers.base_channels * multiplier))
+            width = numbers.base_channels * multiplier
         self.norm_out = nn.GroupNorm(num_groups(width), width, eps=1e-6)
         self.logits = nn.Linear(width * sides[-1] ** 2, len(self.class_names))
         initialise(self)
@@ -95,4 +85,4 @@ class Classifier(nn.Module):
 def build_classifier(config: ClassifierConfig, data_shape: Sequence[int], class_names: Sequence[str]) -> Classifier:
     """A fresh classifier of square data of shape (C, s, s)."""
     channels, side, _ = data_shape
-    return Classifier(channels=channels, resolution=side, class_names=class_names, **vars(config))
+    return Classifier(config, channels=channels, resolution=side, class_names=class_names)
