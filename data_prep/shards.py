@@ -34,7 +34,7 @@ import numpy as np
 
 from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
-from ldgan.engine.files import sha256_of_file
+from ldgan.engine.files import commit, sha256_of_file, temporary_name
 
 FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
@@ -218,15 +218,15 @@ class ShardWriter:
 
     def __init__(
         self,
-        out: Path,
+        out: str | os.PathLike[str],
         kind: str,
         *,
         samples_per_shard: int = 1000,
         class_names: Sequence[str] | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+        self.out = Path(out)
+        self.folder = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self.details = dict(details or {})
         self.class_names = list(class_names) if class_names is not None else None
         self.num_samples = 0
@@ -238,28 +238,28 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._started = time.monotonic()
-        self._check_out()
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
+        self._make_folder()
         return self
 
-    def _check_out(self) -> None:
+    def _make_folder(self, exist_ok: bool = False) -> None:
         if os.path.lexists(self.out):
             raise UserError(f"{self.out} exists already; remove it or choose another output folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
 
     def write(self, sample: Mapping[str, bytes]) -> None:
         """Append one sample, given as extension -> content; its index is the number of samples before it."""
         if unknown := set(sample).difference(EXTENSIONS):
             raise ValueError(f"unknown extensions {sorted(unknown)}; known are {', '.join(EXTENSIONS)}")
         if self._shard is None:
-            self._shard = ShardFile(self.folder / shard_name(len(self._shards)))
+            self._shard = self._open_shard(len(self._shards))
         self._shard.write(self.num_samples, sample)
         self.num_samples += 1
         self._has_captions |= "txt" in sample
         if self._shard.num_samples == self._samples_per_shard:
-            self._close_shard()
+            self._end_shard()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -272,13 +272,23 @@ class ShardWriter:
                 self._shard.abandon()
             shutil.rmtree(self.folder, ignore_errors=True)  # gone already if it was renamed
 
-    def _close_shard(self) -> None:
+    def _open_shard(self, number: int) -> ShardFile:
+        return ShardFile(self.folder / shard_name(number))
+
+    def _close_shard(self, number: int, shard: ShardFile) -> ShardInfo:
+        return shard.close()
+
+    def _end_shard(self) -> None:
         if self._shard is not None:
-            self._shards.append(self._shard.close())
+            self._shards.append(self._close_shard(len(self._shards), self._shard))
             self._shard = None
 
     def _finish(self) -> None:
-        self._close_shard()
+        self._end_shard()
+        self._complete(time.monotonic() - self._started)
+
+    def _complete(self, seconds: float) -> None:
+        """Make a set of the finished shards, and give it its name."""
         if not self._shards:
             raise UserError(f"nothing to write to {self.out}: there was not a single sample")
         manifest = Manifest(
@@ -287,7 +297,7 @@ class ShardWriter:
             shards=tuple(self._shards),
             class_names=self.class_names,
             has_captions=self._has_captions,
-            seconds=round(time.monotonic() - self._started, 3),
+            seconds=round(seconds, 3),
             details=self.details,
         )
         manifest.write(self.folder)
@@ -299,7 +309,7 @@ class ShardWriter:
 
 
 class ShardFile:
-    """One tar in the making: counts its samples, and hashes its bytes on their way to the disk."""
+    """One tar in the making, which gets its name when it is complete; hashes its bytes on their way to the disk."""
 
     def __init__(self, path: Path) -> None:
         # Imported here, since it brings torch along: seconds that other commands and workers need not spend.
@@ -307,7 +317,7 @@ class ShardFile:
 
         self.num_samples = 0
         self._path = path
-        self._sink = _HashingFile(path)
+        self._sink = _HashingFile(temporary_name(path))
         # Tar headers hold a time and an owner; both are fixed, so that equal samples give equal files.
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="ldgan", group="ldgan")
 
@@ -317,20 +327,17 @@ class ShardFile:
         self.num_samples += 1
 
     def close(self) -> ShardInfo:
-        """Complete the file; what the manifest says of it."""
+        """Complete the file, and wait until it is on the disk; what the manifest says of it."""
         self._tar.close()
         self._sink.file.close()
-        return ShardInfo(
-            name=self._path.name,
-            num_samples=self.num_samples,
-            num_bytes=self._sink.num_bytes,
-            sha256=self._sink.sha256.hexdigest(),
-        )
+        commit(self._path)
+        return ShardInfo(self._path.name, self.num_samples, self._sink.num_bytes, self._sink.sha256.hexdigest())
 
     def abandon(self) -> None:
-        """Close the file as it is, without an end."""
+        """Remove what there is of the file."""
         self._sink.abandoned = True
         self._sink.file.close()
+        temporary_name(self._path).unlink(missing_ok=True)
 
 
 class _HashingFile:

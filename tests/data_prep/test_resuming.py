@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import preparation, prepared
+from data_prep import preparation, prepared, resuming
 from data_prep.preparation import write_shards
 from data_prep.processes import Processes
-from data_prep.resuming import JOURNAL_NAME, ResumableShardWriter
+from data_prep.resuming import SETTINGS_NAME, Record
 from data_prep.shards import Manifest, ShardFile
 from data_prep.sources import ImageFolder, RawSample
 from ldgan.engine.cli import UserError
@@ -65,6 +65,11 @@ class Stopping(ImageFolder):
         return super().__getitem__(position)
 
 
+def records(folder: Path) -> list[Path]:
+    """The records of the finished shards, in order."""
+    return sorted(folder.glob(".shard-*.json"))
+
+
 def contents(folder: Path) -> dict[str, object]:
     """Every file of a set; of the manifest all but the time it took."""
     files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -87,8 +92,7 @@ def test_a_set_begun_several_times_has_the_bytes_of_one_written_at_once(photos, 
 def test_what_is_finished_is_not_read_again(photos, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
-    lines = (tmp_path / ".set.partial" / JOURNAL_NAME).read_text().splitlines()
-    num_read = json.loads(lines[-1])["notes"]["num_read"]
+    num_read = Record.of_json(records(tmp_path / ".set.partial")[-1].read_text()).notes["num_read"]
     prepared: list[str] = []
     prepare = preparation._prepare_one
     monkeypatch.setattr(
@@ -125,15 +129,20 @@ def _write_slowly(photos: Path, out: Path) -> None:
     write_shards(ImageFolder(photos), out, **HOW)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_line_that_was_being_written_counts_for_nothing(photos, undisturbed, tmp_path, kept):
+@pytest.mark.parametrize("content", ["", "{", "not JSON", "[]", "{}", '{"info": {}, "seconds": 1}', "1", "whole"])
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_a_shard_whose_record_or_end_is_lost_is_written_again(photos, undisturbed, tmp_path, content, number):
     with pytest.raises(KeyboardInterrupt):
         write_shards(Stopping(photos, 48), tmp_path / "set", **HOW)
-    journal = tmp_path / ".set.partial" / JOURNAL_NAME
-    text = journal.read_text()
-    journal.write_text(text[: int(kept * len(text))])
+    record = records(tmp_path / ".set.partial")[number]
+    if content == "whole":
+        shard = tmp_path / ".set.partial" / f"{record.stem[1:]}.tar"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        record.write_text(content)
     write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
     assert contents(tmp_path / "set") == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("change", [{"resolution": 4}, {"samples_per_shard": 6}, {"quality": 3}, {"seed": 1}])
@@ -153,21 +162,18 @@ def test_a_source_that_changed_meanwhile_is_noticed(photos, tmp_path):
         write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
     with pytest.raises(UserError, match="another num_raw_images"):
         write_shards(ImageFolder(photos, num_images=50), tmp_path / "set", **HOW)
-    shard = tmp_path / ".set.partial" / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"shard-000001.tar has been damaged since it was written"):
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    records(tmp_path / ".set.partial")[0].unlink()  # so that the order is not known from the last sample
+    with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
+        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
 
 
-def test_a_damaged_journal_is_named(photos, tmp_path):
+@pytest.mark.parametrize("content", ["", "not JSON", "[]", '"text"'])
+def test_damaged_settings_are_named(photos, tmp_path, content):
     with pytest.raises(KeyboardInterrupt):
         write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
-    journal = tmp_path / ".set.partial" / JOURNAL_NAME
-    settings, *finished = journal.read_text().splitlines()
-    for line in ("not JSON", "[]", "{}", '{"shard": {}}'):
-        journal.write_text("\n".join([settings, line, *finished]) + "\n")
-        with pytest.raises(UserError, match=r"\.unfinished\.jsonl is damaged .* to begin anew"):
-            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    (tmp_path / ".set.partial" / SETTINGS_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"\.unfinished\.json: is damaged .* to begin anew"):
+        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
@@ -238,7 +244,7 @@ MOMENTS = {
     "preparing": ((preparation, "_prepare_one"), 10),
     "between blocks": ((prepared.PreparedBlocks, "write"), 1),
     "packing": ((ShardFile, "write"), 8),
-    "noting": ((ResumableShardWriter, "_write_line"), 2),
+    "noting": ((resuming, "write_atomically"), 2),  # the shard has its name, and no record yet
     "completing": ((Manifest, "write"), 0),
 }
 
