@@ -17,7 +17,7 @@ import os
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.images import IMAGE_FORMATS
 from data_prep.libraries import HuggingFaceDataset, open_torchvision
-from data_prep.preparation import CROPS, REJECTED_NAME, write_shards
+from data_prep.preparation import CROPS, REJECTED_NAME, Preparation, write_shards
 from data_prep.processes import Processes, launched_processes
 from data_prep.remote import is_url, public_url
 from data_prep.shards import Manifest
@@ -207,9 +207,7 @@ def report(manifest: Manifest, out: Path) -> None:
 
 def make(args: argparse.Namespace, processes: Processes) -> Manifest | None:
     """Write the set that the command line names; its manifest, on the main process."""
-    return write_shards(
-        open_source(args),
-        args.out,
+    preparation = Preparation(
         resolution=args.resolution,
         image_format=args.format,
         quality=args.quality,
@@ -217,9 +215,14 @@ def make(args: argparse.Namespace, processes: Processes) -> Manifest | None:
         min_side=args.min_side,
         max_aspect=args.max_aspect,
         deduplicate=args.deduplicate,
+        seed=args.seed,
+    )
+    return write_shards(
+        open_source(args),
+        args.out,
+        preparation,
         samples_per_shard=args.samples_per_shard,
         num_workers=args.workers,
-        seed=args.seed,
         processes=processes,
     )
 

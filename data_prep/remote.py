@@ -29,7 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import unquote
 
 import fsspec
@@ -59,12 +59,12 @@ _HTTP_TIMEOUT, _HTTP_TOO_EARLY, _HTTP_TOO_MANY_REQUESTS = 408, 425, 429
 T = TypeVar("T")
 
 
-def is_url(path: Path | str) -> bool:
+def is_url(path: str | os.PathLike[str]) -> TypeGuard[str]:
     """Whether ``path`` is a URL, not a folder of this machine; raises `UserError` for URLs that are commands or chains.
 
     A ``Path`` never is one: it makes "http:/x" of "http://x", so URLs have to be kept as str.
     """
-    if isinstance(path, Path):
+    if not isinstance(path, str):
         return False
     if path.startswith("pipe:"):
         raise UserError(

@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -29,8 +28,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
-
-import numpy as np
 
 from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
@@ -44,7 +41,6 @@ MAX_MANIFEST_BYTES = 1 << 27  # a shard takes some 200 bytes
 MAX_SAMPLES = 10**9  # as many as names of nine digits can tell apart
 # Of a member's long name or attributes. Python 3.11 takes time and memory by the square of this (CVE-2024-6232).
 MAX_HEADER_BYTES = 1 << 14
-MAX_TEXT_NUMBERS = 1 << 24  # of a caption's embedding; T5-XXL's 512 tokens have 1 << 21
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
@@ -381,7 +377,7 @@ class ShardSet:
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
 
     @classmethod
-    def open(cls, path: Path | str) -> ShardSet:
+    def open(cls, path: str | os.PathLike[str]) -> ShardSet:
         """Open a shard set: a folder, or a URL of one as str (see `data_prep.remote`).
 
         Of a URL the manifest is fetched now, and each shard when one of its samples is first read.
@@ -390,7 +386,7 @@ class ShardSet:
             UserError: a bad manifest, a missing or cut shard of a folder, or a URL that cannot be read.
         """
         if is_url(path):
-            remote = RemoteFolder(str(path), Cache.from_environment())
+            remote = RemoteFolder(path, Cache.from_environment())
             return cls(remote, Manifest.read(remote))
         folder = Path(path)
         manifest = Manifest.read(folder)
@@ -552,47 +548,6 @@ def member_name(member: tarfile.TarInfo) -> MemberName | None:
     """The parts of a member's name, or None if a shard of ours has no such member."""
     name = _MEMBER_NAME.fullmatch(member.name)
     return MemberName(int(name[1]), name[2]) if name is not None and is_plain_file(member) else None
-
-
-def load_array(content: bytes) -> np.ndarray:
-    """The array of a ``.npy`` member, never a pickle; ValueError where it is damaged.
-
-    Its header may promise any shape, for which `numpy.load` would take the memory before it reads on.
-    """
-    file = io.BytesIO(content)
-    if (version := np.lib.format.read_magic(file)) != (1, 0):
-        raise ValueError(f"an npy file of version {version}; numpy.save writes (1, 0) for plain arrays")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects, which only a pickle could hold")
-    if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-        raise ValueError(f"{len(content) - file.tell():,} bytes for an array of {dtype} of shape {shape}")
-    return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-def load_text(content: bytes, num_rows: int, dim: int) -> np.ndarray:
-    """The embedding of a caption, float16 (2 to ``num_rows``, ``dim``), of a ``text.npy`` member; else ValueError."""
-    rows = load_array(content)
-    if rows.dtype != np.float16 or rows.ndim != 2 or rows.shape[1] != dim or not 2 <= len(rows) <= num_rows:
-        raise ValueError(f"text of {rows.dtype} {rows.shape}, not float16 (2 to {num_rows}, {dim})")
-    if not np.isfinite(rows).all():
-        raise ValueError("text that is not finite")
-    return rows
-
-
-def text_shape(details: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The rows of a caption's embedding at most, 1 + max_tokens, and their dimension, by a manifest's details.
-
-    None where captions are not embedded; ValueError where the details cannot be true.
-    """
-    if (text := details.get("text")) is None:
-        return None
-    max_tokens, dim = (text.get(key) if isinstance(text, dict) else None for key in ("max_tokens", "dim"))
-    if type(max_tokens) is not int or type(dim) is not int or min(max_tokens, dim) < 1:
-        raise ValueError('"text" is damaged')
-    if (1 + max_tokens) * dim > MAX_TEXT_NUMBERS:
-        raise ValueError(f'"text" promises captions of {max_tokens} x {dim} numbers')
-    return 1 + max_tokens, dim
 
 
 def _damaged(shard: Path | str, reason: object) -> UserError:

@@ -15,15 +15,21 @@ import pytest
 from PIL import Image
 
 from data_prep import preparation, prepared, resuming
-from data_prep.preparation import write_shards
-from data_prep.processes import Processes
+from data_prep.preparation import Preparation, write_shards
+from data_prep.processes import ALONE, Processes
 from data_prep.resuming import SETTINGS_NAME, Record
 from data_prep.shards import Manifest, ShardFile
-from data_prep.sources import ImageFolder, RawSample
+from data_prep.sources import ImageFolder, RawSample, Source
 from ldgan.engine.cli import UserError
 
 NUM_IMAGES = 60
-HOW = {"resolution": 8, "samples_per_shard": 5, "deduplicate": True, "min_side": 6}
+
+
+def write_set(
+    source: Source, out: Path, *, samples_per_shard: int = 5, processes: Processes = ALONE, **changes: int
+) -> Manifest | None:
+    preparation = Preparation(**({"resolution": 8, "deduplicate": True, "min_side": 6} | changes))
+    return write_shards(source, out, preparation, samples_per_shard=samples_per_shard, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "set"
-    manifest = write_shards(ImageFolder(photos), out, **HOW)
+    manifest = write_set(ImageFolder(photos), out)
     assert all(count > 1 for count in manifest.details["rejected"].values())
     return out
 
@@ -82,23 +88,23 @@ def test_a_set_begun_several_times_has_the_bytes_of_one_written_at_once(photos, 
     out = tmp_path / "set"
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
-            write_shards(Stopping(photos, stop), out, **HOW)
+            write_set(Stopping(photos, stop), out)
         assert not out.exists()
-    write_shards(ImageFolder(photos), out, **HOW)
+    write_set(ImageFolder(photos), out)
     assert contents(out) == contents(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_what_is_finished_is_not_read_again(photos, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     num_read = Record.of_json(records(tmp_path / ".set.partial")[-1].read_text()).notes["num_read"]
     prepared: list[str] = []
     prepare = preparation._prepare_one
     monkeypatch.setattr(
         preparation, "_prepare_one", lambda sample, *how: prepared.append(sample.name) or prepare(sample, *how)
     )
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    write_set(ImageFolder(photos), tmp_path / "set")
     assert prepared == [sample.name for sample in ImageFolder(photos)][num_read:]
     assert num_read > 20
 
@@ -118,7 +124,7 @@ def test_a_run_killed_at_any_moment_is_gone_on_with(photos, undisturbed, tmp_pat
             break
     assert num_killed >= 2
     if not (tmp_path / "set").exists():
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set")
     assert contents(tmp_path / "set") == contents(undisturbed)
 
 
@@ -126,21 +132,21 @@ def _write_slowly(photos: Path, out: Path) -> None:
     prepare = preparation._prepare_one
     preparation._prepare_one = lambda sample, *how: time.sleep(0.01) or prepare(sample, *how)
     preparation.CHUNK_SAMPLES = 1
-    write_shards(ImageFolder(photos), out, **HOW)
+    write_set(ImageFolder(photos), out)
 
 
 @pytest.mark.parametrize("content", ["", "{", "not JSON", "[]", "{}", '{"info": {}, "seconds": 1}', "1", "whole"])
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_a_shard_whose_record_or_end_is_lost_is_written_again(photos, undisturbed, tmp_path, content, number):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 48), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 48), tmp_path / "set")
     record = records(tmp_path / ".set.partial")[number]
     if content == "whole":
         shard = tmp_path / ".set.partial" / f"{record.stem[1:]}.tar"
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         record.write_text(content)
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    write_set(ImageFolder(photos), tmp_path / "set")
     assert contents(tmp_path / "set") == contents(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
@@ -148,42 +154,42 @@ def test_a_shard_whose_record_or_end_is_lost_is_written_again(photos, undisturbe
 @pytest.mark.parametrize("change", [{"resolution": 4}, {"samples_per_shard": 6}, {"quality": 3}, {"seed": 1}])
 def test_other_settings_are_not_mixed_in(photos, tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     ((key, value),) = change.items()
     with pytest.raises(UserError, match=rf"\.set\.partial is an unfinished set with another {key} \(.*, now {value}\)"):
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW | change)
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set", **change)
+    write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_a_source_that_changed_meanwhile_is_noticed(photos, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
-        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
     with pytest.raises(UserError, match="another num_raw_images"):
-        write_shards(ImageFolder(photos, num_images=50), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, num_images=50), tmp_path / "set")
     records(tmp_path / ".set.partial")[0].unlink()  # so that the order is not known from the last sample
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
-        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
 
 
 @pytest.mark.parametrize("content", ["", "not JSON", "[]", '"text"'])
 def test_damaged_settings_are_named(photos, tmp_path, content):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     (tmp_path / ".set.partial" / SETTINGS_NAME).write_text(content)
     with pytest.raises(UserError, match=r"\.unfinished\.json: is damaged .* to begin anew"):
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
     class Second(ImageFolder):
         def __getitem__(self, position: int) -> RawSample:
             with pytest.raises(UserError, match="another process is writing"):
-                write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+                write_set(ImageFolder(photos), tmp_path / "set")
             return super().__getitem__(position)
 
-    write_shards(Second(photos), tmp_path / "set", **HOW)
+    write_set(Second(photos), tmp_path / "set")
     assert Manifest.read(tmp_path / "set").num_samples > 30
 
 
@@ -228,7 +234,7 @@ def _take_part(photos: Path, out: Path, processes: Processes, faults: dict[str, 
     if faults and processes.index == faults["process"]:
         owner, name = faults["dies"]
         setattr(owner, name, counted(getattr(owner, name)))
-    write_shards(ImageFolder(photos), out, processes=processes, **HOW)
+    write_set(ImageFolder(photos), out, processes=processes)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -272,7 +278,7 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_any_number(
 @pytest.mark.usefixtures("small_blocks")
 def test_what_one_process_began_several_go_on_with(photos, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     assert launch(photos, tmp_path / "set", 2) == [0, 0]
     assert contents(tmp_path / "set") == contents(undisturbed)
 
@@ -282,16 +288,16 @@ def test_blocks_of_a_source_that_changed_are_noticed(photos, tmp_path):
     dies, after = MOMENTS["packing"]
     launch(photos, tmp_path / "set", 2, dies=dies, after=after, process=0)
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
-        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
     for pattern, content in (("*.bin", ""), ("*.json", "[{}]")):
         for path in (tmp_path / ".set.partial" / "scratch").glob(pattern):
             path.write_text(content)
         with pytest.raises(
             UserError, match=rf"scratch/00000[0-9]{pattern[1:]} is missing or damaged .* to prepare anew"
         ):
-            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+            write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_processes_that_do_not_share_the_folder_are_told(photos, tmp_path):
     with pytest.raises(UserError, match="choose an --out that all machines share"):
-        write_shards(ImageFolder(photos), tmp_path / "set", processes=Processes(0, 2, lambda: None), **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set", processes=Processes(0, 2, lambda: None))

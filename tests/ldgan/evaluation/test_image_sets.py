@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autoencoder.inference.decoding import begin, finish
 from data_prep.images import encode_image, resize_and_crop
-from data_prep.make_shards import write_shards
+from data_prep.preparation import Preparation, write_shards
 from data_prep.shards import ShardWriter
 from data_prep.sources import ImageFolder
 from ldgan.diffusion.process import build_diffusion
@@ -141,7 +141,7 @@ def test_a_decoding_that_was_stopped_is_refused(samples_folder: Path) -> None:
 def test_shards_give_the_pixels_of_the_folder_they_were_made_of(tmp_path: Path) -> None:
     for number, image in enumerate(noise(9, (8, 8))):
         save(tmp_path / "folder" / f"{number}.png", image)
-    manifest = write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", resolution=8, samples_per_shard=4)
+    manifest = write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", Preparation(8), samples_per_shard=4)
     folder, shards = open_images(tmp_path / "folder"), open_images(tmp_path / "shards", num_workers=2)
     assert torch.equal(all_of(shards), all_of(folder))
     assert torch.equal(shards.read(5), folder.read(5))
@@ -161,7 +161,7 @@ def test_shards_behind_a_url_are_the_same_set(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setenv("LDGAN_CACHE", str(tmp_path / "cache"))
     for number, image in enumerate(noise(9, (8, 8))):
         save(tmp_path / "folder" / f"{number}.png", image)
-    write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", resolution=8, samples_per_shard=4)
+    write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", Preparation(8), samples_per_shard=4)
     local, remote = open_images(tmp_path / "shards"), open_images(f"file://{tmp_path}/shards")
     assert torch.equal(all_of(remote), all_of(local))
     assert remote.fingerprint() == local.fingerprint()
