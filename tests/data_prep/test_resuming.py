@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,12 +290,27 @@ def test_blocks_of_a_source_that_changed_are_noticed(photos, tmp_path):
     launch(photos, tmp_path / "set", 2, dies=dies, after=after, process=0)
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
         write_set(ImageFolder(photos, seed=1), tmp_path / "set")
-    for pattern, content in (("*.bin", ""), ("*.json", "[{}]")):
-        for path in (tmp_path / ".set.partial" / "scratch").glob(pattern):
-            path.write_text(content)
-        with pytest.raises(
-            UserError, match=rf"scratch/00000[0-9]{pattern[1:]} is missing or damaged .* to prepare anew"
-        ):
+    blocks = sorted((tmp_path / ".set.partial" / "scratch").glob("*.zip"))
+    whole = [block.read_bytes() for block in blocks]
+
+    def cut(block: Path) -> None:
+        block.write_bytes(block.read_bytes()[:-9])
+
+    def change(block: Path) -> None:
+        """Flip a bit of the first member that there is, which its checksum tells."""
+        content = bytearray(block.read_bytes())
+        content[60] ^= 1
+        block.write_bytes(content)
+
+    def without_samples(block: Path) -> None:
+        with zipfile.ZipFile(block, "w") as archive:
+            archive.writestr("samples.json", "[{}]")
+
+    for damage in (cut, change, without_samples):
+        for block, content in zip(blocks, whole):
+            block.write_bytes(content)
+            damage(block)
+        with pytest.raises(UserError, match=r"scratch/00000[0-9]\.zip is missing or damaged .* to prepare anew"):
             write_set(ImageFolder(photos), tmp_path / "set")
 
 
