@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from data_prep.images import IMAGE_FORMATS, image_member
-from data_prep.remote import Cache, RemoteFile, RemoteFolder
+from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from data_prep.samples import load_moments, load_text, open_image, text_shape
 from data_prep.shards import MANIFEST_NAME, Manifest, ShardInfo, member_name, tar_members
 from data_prep.urls import path_or_url
@@ -269,13 +269,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_folder(path: Path | str) -> Path | RemoteFolder:
-    """The folder, or what lies behind the URL, a str; raises `UserError` where there is no folder."""
-    if isinstance(path, str):
+def open_folder(path: str | os.PathLike[str]) -> Path | RemoteFolder:
+    """The folder, or what lies behind the URL; raises `UserError` where there is no folder."""
+    if is_url(path):
         return RemoteFolder(path, Cache.from_environment())
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path} is not a folder; give a folder of shards")
-    return path
+    return Path(path)
 
 
 def read_manifest(folder: Path | RemoteFolder) -> Manifest:

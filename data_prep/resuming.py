@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import json
+import math
 import os
 import shutil
 import threading
@@ -406,7 +407,8 @@ class ResumableShardWriter(ShardWriter):
         self._processes.wait()
         if self._processes.is_main:
             finished = self._folder.records()
-            self._shards = [finished[number].info for number in range(len(finished))]
+            num_shards = math.ceil(self.num_samples / self._samples_per_shard)
+            self._shards = [finished[number].info for number in range(num_shards)]
             shutil.rmtree(self.scratch, ignore_errors=True)
             self._complete(sum(record.seconds for record in finished.values()))
             for path in self.out.glob(".*"):  # settings, records and locks

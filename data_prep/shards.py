@@ -58,8 +58,9 @@ class ShardInfo:
     sha256: str
 
     @classmethod
-    def of_file(cls, path: Path, num_samples: int) -> ShardInfo:
+    def of_file(cls, path: str | os.PathLike[str], num_samples: int) -> ShardInfo:
         """What the manifest should say of a file, which is read; raises OSError."""
+        path = Path(path)
         return cls(path.name, num_samples, path.stat().st_size, sha256_of_file(path))
 
     def check(self) -> None:
@@ -103,21 +104,21 @@ class Manifest:
         """Size of all shards together."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | os.PathLike[str]) -> None:
         """Write ``manifest.json`` into ``folder``."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
-        partial = folder / f".{MANIFEST_NAME}.partial"
+        partial = Path(folder, f".{MANIFEST_NAME}.partial")
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / MANIFEST_NAME)
+        os.replace(partial, Path(folder, MANIFEST_NAME))
 
     @classmethod
-    def read(cls, folder: Path | RemoteFolder) -> Manifest:
+    def read(cls, folder: str | os.PathLike[str] | RemoteFolder) -> Manifest:
         """Read and check ``manifest.json`` in ``folder``; raises `UserError` where it is missing or wrong."""
         path = f"{folder}/{MANIFEST_NAME}"
         try:
             if isinstance(folder, RemoteFolder):
                 return folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES, cls._parse)
-            return cls._parse(_read_at_most(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+            return cls._parse(_read_at_most(Path(folder, MANIFEST_NAME), MAX_MANIFEST_BYTES))
         except FileNotFoundError:
             raise UserError(
                 f"no {path}: not a folder of finished shards; write one with data_prep/make_shards.py"

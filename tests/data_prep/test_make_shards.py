@@ -210,7 +210,7 @@ def test_random_crops_depend_on_name_and_seed_alone_and_reach_everywhere(tmp_pat
         Image.fromarray(ramp).save(root / f"{number}.png")
 
     def lefts(seed: int, name: str, order_seed: int = 0) -> dict[str, int]:
-        source = ImageFolder(root, order_seed)
+        source = ImageFolder(root, seed=order_seed)
         write_shards(source, tmp_path / name, Preparation(8, crop="random", seed=seed))
         shards = ShardSet.open(tmp_path / name)
         images = (Image.open(io.BytesIO(shards.read(index)["png"])) for index in range(len(shards)))
