@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from autoencoder.inference.decoding import begin, finish
+from autoencoder.inference.decoding import TASK
 from data_prep.images import encode_image, resize_and_crop
 from data_prep.preparation import Preparation, write_shards
+from data_prep.resuming import begin, finish
 from data_prep.shards import ShardWriter
 from data_prep.sources import ImageFolder
 from ldgan.diffusion.process import build_diffusion
@@ -126,12 +127,12 @@ def test_a_folder_of_samples_is_its_numbered_files_by_number(samples_folder: Pat
 def test_a_decoding_that_was_stopped_is_refused(samples_folder: Path) -> None:
     decoding = {"format": "ldgan-decoding/1"}
     unfinished = samples_folder.parent / "decoded"
-    begin(unfinished, decoding)
+    begin(unfinished, TASK, decoding)
     for file in samples_folder.iterdir():
         shutil.copy(file, unfinished)
     with pytest.raises(UserError, match=r"decoded: is not finished; run the same autoencoder/decode\.py command"):
         open_images(unfinished)
-    finish(unfinished, decoding)
+    finish(unfinished, TASK, decoding)
     assert torch.equal(all_of(open_images(unfinished)), all_of(open_images(samples_folder)))
     (unfinished / "decoding.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
