@@ -18,21 +18,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.inference.decoding import (
+    TASK,
     ImageFiles,
     ImageShards,
     Output,
-    begin,
     decode_batches,
-    finish,
     unfinished_blocks,
 )
 from autoencoder.inference.latents import check_latents
 from autoencoder.inference.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
-from autoencoder.inference.resumable import batches_of_blocks
 from autoencoder.inference.tiling import decode_tiled
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from data_prep.loader import LatentDataset
+from data_prep.resuming import batches_of_blocks, begin, finish
 from data_prep.shards import ShardSet
 from ldgan.engine import cli
 from ldgan.engine.images import MAX_WEBP_SIDE
@@ -68,7 +67,7 @@ def main() -> None:
     check_size(flags.format, latents.shards.manifest.details["resolution"])
     decoder = autoencoder if flags.decoder == "full" else load_light_decoder(flags.autoencoder, accelerator.device)
     decoding = describe(latents.shards, autoencoder, decoder, flags)
-    finished = accelerator.is_main_process and begin(flags.out, decoding)
+    finished = accelerator.is_main_process and begin(flags.out, TASK, decoding)
     accelerator.wait_for_everyone()  # until the folder is there
 
     output = make_output(flags, len(latents))
@@ -82,7 +81,7 @@ def main() -> None:
             manifest = latents.shards.manifest
             details = {"resolution": manifest.details["resolution"], "image_format": "png", "decoding": decoding}
             output.write_manifest(manifest.class_names, details, seconds, has_captions=manifest.has_captions)
-        finish(flags.out, decoding)
+        finish(flags.out, TASK, decoding)
         print(f"{len(latents):,} images in {flags.out} ({num_decoded:,} decoded now, {seconds:.1f} s)")
 
 

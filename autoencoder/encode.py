@@ -28,10 +28,10 @@ from autoencoder.inference.encoding import (
     shard_ranges,
 )
 from autoencoder.inference.latents import describe_latents
-from autoencoder.inference.resumable import ResumableShards, begin, finish
 from autoencoder.inference.text import TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from data_prep.loader import ImageDataset
+from data_prep.resuming import ResumableShards, begin, finish
 from data_prep.shards import Manifest, ShardSet
 from ldgan.engine import cli
 from ldgan.engine.progress import progress_bar

@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.shards import Manifest, is_plain_file, tar_members
 from data_prep.sources import (
@@ -24,11 +24,14 @@ from data_prep.sources import (
     ListedSource,
     NamedImages,
     RawSample,
-    Split,
+    Which,
     check_size,
 )
 from ldgan.engine.cli import UserError
 from ldgan.engine.progress import progress_bar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 MAX_OPEN_ARCHIVES = 4
 MAX_SHARDS = 1_000_000  # that a pattern may stand for
@@ -70,21 +73,15 @@ class ImageArchive(NamedImages):
     a whole (``.tar.gz``), where no image can be read without all those before it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        seed: int = 0,
-        num_images: int | None = None,
-        split: Split | None = None,
-        inside: str | None = None,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], inside: str | None = None, **which: Unpack[Which]) -> None:
+        path = Path(path)
         members = dict(_members(path))
         if inside is not None:
             members = _inside(members, inside)
             if not members:
                 raise UserError(f"{path}: nothing is in a folder {inside}; it must be named from the archive's root")
         self._members = _without_common_folder(members)
-        super().__init__("image_archive", path, self._members, seed, num_images, split)
+        super().__init__("image_archive", path, self._members, **which)
         self.description |= {"inside": inside}
 
     def content(self, name: str) -> Content:
@@ -164,7 +161,8 @@ class WebDatasetShards(ListedSource):
     Raises `UserError` as `ListedSource` does, and where there is no image, or tars are missing or damaged.
     """
 
-    def __init__(self, path: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], **which: Unpack[Which]) -> None:
+        path = Path(path)
         self._samples: list[RawSample] = []
         num_without_image = 0
         shards = sorted(path.glob("*.tar")) if path.is_dir() else _expand(path)
@@ -182,7 +180,7 @@ class WebDatasetShards(ListedSource):
             "path": str(path),
             "num_without_image": num_without_image,
         }
-        super().__init__(len(self._samples), seed, num_images, split)
+        super().__init__(len(self._samples), **which)
 
     def sample(self, number: int) -> RawSample:
         """See `ListedSource.sample`."""
@@ -193,7 +191,7 @@ _SampleMembers = dict[str, FilePart]  # extension -> content
 
 
 def _expand(pattern: Path) -> list[Path]:
-    """The files of a brace pattern, in its order."""
+    """The files of a brace pattern, in its order; not by braceexpand, which would make whatever a range promises."""
     paths = [""]
     for part in _BRACES.split(str(pattern)):
         choices = _choices(pattern, part)

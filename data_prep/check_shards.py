@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import argparse
 import copy
 import dataclasses
-import io
 import itertools
 import os
 from collections import Counter
@@ -19,21 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from data_prep.images import IMAGE_FORMATS, image_member
-from data_prep.remote import Cache, RemoteFile, RemoteFolder
-from data_prep.shards import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardInfo,
-    load_array,
-    load_text,
-    member_name,
-    tar_members,
-    text_shape,
-)
+from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
+from data_prep.samples import load_moments, load_text, open_image, text_shape
+from data_prep.shards import MANIFEST_NAME, Manifest, ShardInfo, member_name, tar_members
 from data_prep.urls import path_or_url
 from data_prep.workers import map_in_processes
 from ldgan.engine import cli
@@ -234,30 +222,16 @@ def _wrong_content(members: Mapping[str, bytes], shard: ExpectedShard) -> Iterat
 
 
 def _check_image(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
-    extension, content = image_member(members)
+    extension, _ = image_member(members)
     if others := (IMAGE_FORMATS.keys() & members.keys()) - {extension}:
         raise ValueError(f"{', '.join(sorted(others))} beside {extension}")
-    side = shard.details.get("resolution")
-    with Image.open(io.BytesIO(content), formats=[IMAGE_FORMATS[extension]]) as image:
-        if side is not None and image.size != (side, side):
-            raise ValueError(f"{image.width} x {image.height} pixels, not {side} x {side} as in the manifest")
-        if shard.decode:
-            image.load()
+    image = open_image(members, shard.details.get("resolution"))
+    if shard.decode:
+        image.load()
 
 
 def _check_latents(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
-    """Moments are (2C, h, w), mean and standard deviation, or a pair of these; see `data_prep.loader.LatentDataset`."""
-    if "npy" not in members:
-        raise ValueError(f"no npy among its members: {', '.join(members)}")
-    moments = load_array(members["npy"])
-    if moments.ndim not in (3, 4) or not np.issubdtype(moments.dtype, np.floating):
-        raise ValueError(f"an array of {moments.dtype} of shape {moments.shape}")
-    if (shape := shard.details.get("latent_shape")) is not None:
-        channels, *sides = shape
-        if moments.shape[-3:] != (2 * channels, *sides):
-            raise ValueError(f"moments of shape {moments.shape}, not of latents {tuple(shape)} as in the manifest")
-    if not np.isfinite(moments).all():
-        raise ValueError("numbers that are not finite")
+    load_moments(members, shard.details)
 
 
 def _check_label(members: Mapping[str, bytes], shard: ExpectedShard) -> None:
@@ -293,13 +267,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_folder(path: Path | str) -> Path | RemoteFolder:
-    """The folder, or what lies behind the URL, a str; raises `UserError` where there is no folder."""
-    if isinstance(path, str):
+def open_folder(path: str | os.PathLike[str]) -> Path | RemoteFolder:
+    """The folder, or what lies behind the URL; raises `UserError` where there is no folder."""
+    if is_url(path):
         return RemoteFolder(path, Cache.from_environment())
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path} is not a folder; give a folder of shards")
-    return path
+    return Path(path)
 
 
 def read_manifest(folder: Path | RemoteFolder) -> Manifest:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ class Picture(NamedTuple):
     conversions: tuple[str, ...]
 
 
-def read_picture(file: Path | BinaryIO, max_pixels: int | None = None) -> Picture:
+def read_picture(file: str | os.PathLike[str] | BinaryIO, max_pixels: int | None = None) -> Picture:
     """Decode an image file.
 
     Transparent pixels are composited on white, 16-bit samples are scaled from 0..65535 to 0..255, EXIF

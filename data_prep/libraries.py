@@ -6,12 +6,16 @@ Everything is read from local folders; nothing is ever downloaded.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_prep.sources import FilePart, ListedSource, RawSample, Split, check_size
+from data_prep.sources import FilePart, ListedSource, RawSample, Which, check_size
 from ldgan.engine.cli import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TORCHVISION_SETS = ("CIFAR10", "CIFAR100", "CelebA", "LSUN")
 CELEBA_PARTS = ("train", "valid", "test", "all")
@@ -25,21 +29,13 @@ class CIFAR(ListedSource):
     torchvision reads only if their MD5 sums are those of the published ones. Raises `UserError` where they are not.
     """
 
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        part: str = "train",
-        seed: int = 0,
-        num_images: int | None = None,
-        split: Split | None = None,
-    ) -> None:
+    def __init__(self, name: str, root: str | os.PathLike[str], part: str = "train", **which: Unpack[Which]) -> None:
         # Imported here, since it brings torch along: seconds that folders of images need not spend.
         from torchvision import datasets
 
         _check_part(name, part, ("train", "test"))
         dataset = {"CIFAR10": datasets.CIFAR10, "CIFAR100": datasets.CIFAR100}[name]
-        folder = root / dataset.base_folder
+        folder = Path(root, dataset.base_folder)
         try:
             images = dataset(root, train=part == "train", download=False)
         except (OSError, RuntimeError) as error:
@@ -48,7 +44,7 @@ class CIFAR(ListedSource):
         self._pixels, self._labels = images.data, images.targets
         self.class_names = list(images.classes)
         self.description = {"type": "torchvision", "name": name, "part": part, "path": str(folder)}
-        super().__init__(len(self._pixels), seed, num_images, split)
+        super().__init__(len(self._pixels), **which)
 
     def sample(self, number: int) -> RawSample:
         """See `ListedSource.sample`."""
@@ -62,18 +58,11 @@ class CelebA(ListedSource):
     where torchvision does not find them, or other ones.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        part: str = "train",
-        seed: int = 0,
-        num_images: int | None = None,
-        split: Split | None = None,
-    ) -> None:
+    def __init__(self, root: str | os.PathLike[str], part: str = "train", **which: Unpack[Which]) -> None:
         from torchvision import datasets
 
         _check_part("CelebA", part, CELEBA_PARTS)
-        folder = root / datasets.CelebA.base_folder
+        folder = Path(root, datasets.CelebA.base_folder)
         try:
             self._files = datasets.CelebA(root, split=part, download=False).filename
         except (OSError, RuntimeError) as error:
@@ -83,7 +72,7 @@ class CelebA(ListedSource):
         self._folder = folder / "img_align_celeba"
         self.class_names = None
         self.description = {"type": "torchvision", "name": "CelebA", "part": part, "path": str(folder)}
-        super().__init__(len(self._files), seed, num_images, split)
+        super().__init__(len(self._files), **which)
 
     def sample(self, number: int) -> RawSample:
         """See `ListedSource.sample`."""
@@ -97,19 +86,12 @@ class LSUN(ListedSource):
     would load any that lies there. Raises `UserError` where the package or the data base is missing.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        part: str,
-        seed: int = 0,
-        num_images: int | None = None,
-        split: Split | None = None,
-    ) -> None:
-        self._path = root / f"{part}_lmdb"
+    def __init__(self, root: str | os.PathLike[str], part: str, **which: Unpack[Which]) -> None:
+        self._path = Path(root, f"{part}_lmdb")
         self._keys = _lmdb_keys(self._path)
         self.class_names = None
         self.description = {"type": "torchvision", "name": "LSUN", "part": part, "path": str(self._path)}
-        super().__init__(len(self._keys), seed, num_images, split)
+        super().__init__(len(self._keys), **which)
 
     def sample(self, number: int) -> RawSample:
         """See `ListedSource.sample`."""
@@ -150,9 +132,7 @@ def _open_lmdb(path: Path) -> Any:
     return lmdb.open(str(path), max_readers=1, readonly=True, lock=False, readahead=False, meminit=False)
 
 
-def open_torchvision(
-    name: str, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None
-) -> ListedSource:
+def open_torchvision(name: str, root: str | os.PathLike[str], **which: Unpack[Which]) -> ListedSource:
     """Open ``SET`` or ``SET/PART``, one of `TORCHVISION_SETS`, below ``root``; the part is "train" if it is not named.
 
     Raises `UserError` for other names, and as the sets do.
@@ -163,10 +143,10 @@ def open_torchvision(
     if dataset == "LSUN":
         if not part.replace("_", "").isalnum():  # it becomes part of a path
             raise UserError(f"torchvision:{name}: say which category, such as torchvision:LSUN/church_outdoor_train")
-        return LSUN(root, part, seed, num_images, split)
+        return LSUN(root, part, **which)
     if dataset == "CelebA":
-        return CelebA(root, part or "train", seed, num_images, split)
-    return CIFAR(dataset, root, part or "train", seed, num_images, split)
+        return CelebA(root, part or "train", **which)
+    return CIFAR(dataset, root, part or "train", **which)
 
 
 def _check_part(name: str, part: str, parts: Sequence[str]) -> None:
@@ -183,7 +163,8 @@ class HuggingFaceDataset(ListedSource):
     Raises `UserError` where the package is missing, or ``path`` holds something else, or several parts.
     """
 
-    def __init__(self, path: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], **which: Unpack[Which]) -> None:
+        path = Path(path)
         rows = _load_rows(path)
         self._image = _first_column(rows, "Image")
         if self._image is None:
@@ -193,7 +174,7 @@ class HuggingFaceDataset(ListedSource):
         self.class_names = list(rows.features[self._label].names) if self._label is not None else None
         self._rows = rows.cast_column(self._image, type(rows.features[self._image])(decode=False))
         self.description = {"type": "huggingface_dataset", "path": str(path), "column": self._image}
-        super().__init__(len(rows), seed, num_images, split)
+        super().__init__(len(rows), **which)
 
     def sample(self, number: int) -> RawSample:
         """See `ListedSource.sample`."""

@@ -8,21 +8,19 @@ steps.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_prep.images import IMAGE_FORMATS, image_member
-from data_prep.shards import ShardSet, load_array, load_text, text_shape
+from data_prep.samples import load_moments, load_text, open_image, text_shape
+from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.session import RunConfig
 from ldgan.engine.shares import batches, share
@@ -194,14 +192,15 @@ class ImageDataset(Dataset[dict[str, Tensor | int]]):
     def __getitem__(self, ref: SampleRef) -> dict[str, Tensor | int]:
         sample = self.shards.read(ref.index)
         try:
-            pixels = _decode_image(sample, self.shards.manifest.details.get("resolution"))
+            image = open_image(sample, self.shards.manifest.details.get("resolution"))
+            pixels = np.asarray(image.convert("RGB"))
             label = _label(sample)
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise _undecodable(self.shards, ref.index, error) from error
         if ref.flip:
             pixels = pixels[:, ::-1]
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # HWC, uint8 -> CHW, uint8
-        return {"image": image.float().div_(127.5).sub_(1), "label": label}
+        chw = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (H, W, 3) -> (3, H, W), uint8
+        return {"image": chw.float().div_(127.5).sub_(1), "label": label}
 
 
 class LatentDataset(Dataset[dict[str, Tensor | int]]):
@@ -230,7 +229,7 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
     def __getitem__(self, ref: SampleRef) -> dict[str, Tensor | int]:
         sample = self.shards.read(ref.index)
         try:
-            moments = _decode_moments(sample, self.shards.manifest.details)
+            moments = load_moments(sample, self.shards.manifest.details)
             label = _label(sample)
             text = _text(sample, *self._text_shape) if self._text_shape is not None else {}
         except Exception as error:  # decoders raise nearly anything on damaged bytes
@@ -241,35 +240,6 @@ class LatentDataset(Dataset[dict[str, Tensor | int]]):
             raise ValueError(f"{self.shards.folder} holds no latents of mirrored images")
         mean, std = torch.from_numpy(moments.astype(np.float32)).chunk(2)  # (2C, h, w) -> 2 x (C, h, w)
         return {"mean": mean, "std": std, "label": label, **text}
-
-
-def _decode_image(sample: dict[str, bytes], side: int | None) -> np.ndarray:
-    """Return the sample's image as uint8 (H, W, 3); ValueError unless both sides have ``side`` pixels, where given."""
-    extension, content = image_member(sample)
-    image = Image.open(io.BytesIO(content), formats=[IMAGE_FORMATS[extension]])
-    # Before it is decoded: a file of a few kilobytes can hold more pixels than there is memory for.
-    if side is not None and image.size != (side, side):
-        raise ValueError(f"{image.width} x {image.height} pixels, not {side} x {side} as in the manifest")
-    return np.asarray(image.convert("RGB"))
-
-
-def _decode_moments(sample: dict[str, bytes], details: Mapping[str, Any]) -> np.ndarray:
-    """Return the sample's moments; ValueError unless they are what the manifest's ``details`` say."""
-    moments = load_array(sample["npy"])
-    if moments.ndim not in (3, 4) or moments.dtype.kind != "f" or moments.shape[-3] % 2:
-        raise ValueError(f"no moments: an array of {moments.dtype} of shape {moments.shape}")
-    if moments.ndim == 4 and len(moments) != 2:
-        raise ValueError(f"moments of {len(moments)} images instead of one and its mirror image")
-    if moments.ndim == 3 and details.get("flips"):
-        raise ValueError("no moments of the mirror image, which the manifest promises")
-    if (latent_shape := details.get("latent_shape")) is not None and moments.shape[-3:] != (
-        2 * latent_shape[0],
-        *latent_shape[1:],
-    ):
-        raise ValueError(f"moments of shape {moments.shape}, not of latents {tuple(latent_shape)} as in the manifest")
-    if not np.isfinite(moments).all():
-        raise ValueError("moments that are not all finite")
-    return moments
 
 
 def _label(sample: dict[str, bytes]) -> int:
@@ -325,14 +295,7 @@ def batches_of_run(
         first_step=first_step,
         flips=flips,
     )
-    return training_batches(dataset, order, run.num_workers)
-
-
-def training_batches(
-    dataset: ImageDataset | LatentDataset, order: TrainingOrder, num_workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield the micro-batches of ``order``, endlessly; labels become int64 (B,)."""
-    return read_batches(dataset, order, num_workers)
+    return read_batches(dataset, order, run.num_workers)
 
 
 def sequential_batches(

@@ -15,11 +15,11 @@ import os
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.images import IMAGE_FORMATS
 from data_prep.libraries import HuggingFaceDataset, open_torchvision
-from data_prep.preparation import CROPS, REJECTED_NAME, write_shards
+from data_prep.preparation import CROPS, REJECTED_NAME, Preparation, write_shards
 from data_prep.processes import Processes, launched_processes
 from data_prep.remote import is_url, public_url
 from data_prep.shards import Manifest
-from data_prep.sources import DIGIT_SOURCES, IMAGE_SUFFIXES, MNIST, ImageFolder, Source, Split, StackedMNIST
+from data_prep.sources import DIGIT_SOURCES, IMAGE_SUFFIXES, MNIST, ImageFolder, Source, Split, StackedMNIST, Which
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError
 
@@ -78,16 +78,17 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.source in DIGIT_SETS:
         return _open_digits(args)
     split = Split(args.part, args.validation_share, args.group_by == "caption") if args.part else None
+    which = Which(seed=args.seed, num_images=args.num_images, split=split)
     library, colon, name = args.source.partition(":")
     if colon and library == "torchvision":
         if args.root is None:
             raise UserError(f"{args.source} needs its folder: add --root DIR; nothing is downloaded")
-        return open_torchvision(name, args.root, args.seed, args.num_images, split)
+        return open_torchvision(name, args.root, **which)
     if colon and library == "hf":
-        return HuggingFaceDataset(Path(name), args.seed, args.num_images, split)
+        return HuggingFaceDataset(name, **which)
     if is_url(args.source):
         raise UserError(f"{public_url(args.source)}: sources are read from files; copy it to a folder first")
-    return _open_path(Path(args.source), args, split)
+    return _open_path(Path(args.source), args, which)
 
 
 def _open_digits(args: argparse.Namespace) -> Source:
@@ -98,18 +99,18 @@ def _open_digits(args: argparse.Namespace) -> Source:
     return StackedMNIST(args.num_images or 60_000, args.seed, args.digits, args.digits_root)
 
 
-def _open_path(path: Path, args: argparse.Namespace, split: Split | None) -> Source:
+def _open_path(path: Path, args: argparse.Namespace, which: Which) -> Source:
     """A folder of images, a folder of tar files, or an archive."""
     if path.is_file():
-        return ImageArchive(path, args.seed, args.num_images, split, args.inside)
+        return ImageArchive(path, args.inside, **which)
     if args.out.resolve().is_relative_to(path.resolve()):
         raise UserError(f"--out {args.out} lies inside the source {path}; choose a folder outside it")
     if path.is_dir() and any(path.glob("*.tar")):
         _check_tars_alone(path)
-        return WebDatasetShards(path, args.seed, args.num_images, split)
+        return WebDatasetShards(path, **which)
     if "{" in args.source and not path.exists():
-        return WebDatasetShards(path, args.seed, args.num_images, split)
-    return ImageFolder(path, args.seed, args.num_images, split)
+        return WebDatasetShards(path, **which)
+    return ImageFolder(path, **which)
 
 
 def _check_tars_alone(folder: Path) -> None:
@@ -205,9 +206,7 @@ def report(manifest: Manifest, out: Path) -> None:
 
 def make(args: argparse.Namespace, processes: Processes) -> Manifest | None:
     """Write the set that the command line names; its manifest, on the main process."""
-    return write_shards(
-        open_source(args),
-        args.out,
+    preparation = Preparation(
         resolution=args.resolution,
         image_format=args.format,
         quality=args.quality,
@@ -215,9 +214,14 @@ def make(args: argparse.Namespace, processes: Processes) -> Manifest | None:
         min_side=args.min_side,
         max_aspect=args.max_aspect,
         deduplicate=args.deduplicate,
+        seed=args.seed,
+    )
+    return write_shards(
+        open_source(args),
+        args.out,
+        preparation,
         samples_per_shard=args.samples_per_shard,
         num_workers=args.workers,
-        seed=args.seed,
         processes=processes,
     )
 

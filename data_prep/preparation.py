@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -33,16 +34,26 @@ CROPS = ("center", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """What is done to each image; see `write_shards`."""
+    """What is done to each image.
+
+    Attributes:
+        resolution: side of an image in pixels.
+        image_format: "png", "jpg" or "webp"; ``quality``, 1 to 100, is for the latter two.
+        crop: which square along the long side, "center" or "random": fixed for each image by its name and ``seed``.
+        min_side: images with a short side of fewer pixels are left out.
+        max_aspect: images whose long side is longer than so many short ones are left out.
+        deduplicate: of images with the same pixels keep the first; see `Tally`.
+        seed: of random crops, and noted in the manifest as that of the source's order.
+    """
 
     resolution: int
-    image_format: str
-    quality: int
-    crop: str
-    min_side: int
-    max_aspect: float | None
-    deduplicate: bool
-    seed: int
+    image_format: str = "png"
+    quality: int = 95
+    crop: str = "center"
+    min_side: int = 1
+    max_aspect: float | None = None
+    deduplicate: bool = False
+    seed: int = 0
 
 
 def prepare(chunk: list[RawSample], preparation: Preparation, num_classes: int) -> list[Prepared | Rejected]:
@@ -174,44 +185,23 @@ class Tally:
 
 def write_shards(
     source: Source,
-    out: Path,
+    out: str | os.PathLike[str],
+    preparation: Preparation,
     *,
-    resolution: int,
-    image_format: str = "png",
-    quality: int = 95,
-    crop: str = "center",
-    min_side: int = 1,
-    max_aspect: float | None = None,
-    deduplicate: bool = False,
     samples_per_shard: int = 1000,
     num_workers: int = 1,
-    seed: int = 0,
     processes: Processes = ALONE,
 ) -> Manifest | None:
-    """Write ``source`` as image shards into folder ``out``, square with ``resolution`` pixels a side.
-
-    Args:
-        source: where images come from, in this order.
-        out: folder to write; must not exist.
-        resolution: side of an image in pixels.
-        image_format: "png", "jpg" or "webp"; ``quality``, 1 to 100, is for the latter two.
-        crop: which square along the long side, "center" or "random": fixed for each image by its name and ``seed``.
-        min_side: images with a short side of fewer pixels are left out.
-        max_aspect: images whose long side is longer than so many short ones are left out.
-        deduplicate: of images with the same pixels keep the first; see `Tally`.
-        samples_per_shard: images in a tar.
-        num_workers: processes; the bytes of the shards do not depend on their number.
-        seed: of random crops, and noted in the manifest as that of the source's order.
-        processes: those that write this set together, all called with the same arguments; the bytes do not depend on
-            their number either.
+    """Write ``source``, in its order, as image shards into folder ``out``, which must not exist.
 
     Images that are left out, those that cannot be read included, are listed with the reason in ``rejected.jsonl`` and
-    counted in the manifest. Called again after it was interrupted, it goes on after what was finished, and the set has
-    the bytes that it would have had. Returns the manifest, on the main process; None on others.
+    counted in the manifest. The bytes of the shards depend neither on ``num_workers``, processes that prepare images,
+    nor on ``processes``, those that write this set together, all called with the same arguments. Called again after it
+    was interrupted, it goes on after what was finished, and the set has the bytes that it would have had.
 
-    Raises `UserError` as `ResumableShardWriter` does, if the source has changed since then, and if no image is left.
+    Returns the manifest, on the main process; None on others. Raises `UserError` as `ResumableShardWriter` does, if the
+    source has changed since then, and if no image is left.
     """
-    preparation = Preparation(resolution, image_format, quality, crop, min_side, max_aspect, deduplicate, seed)
     num_classes = len(source.class_names) if source.class_names is not None else MAX_CLASSES
     tally = Tally()
     writer = ResumableShardWriter(

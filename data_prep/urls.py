@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from data_prep.remote import is_url, public_url
@@ -13,9 +14,9 @@ def path_or_url(text: str) -> Path | str:
     return text if is_url(text) else Path(text)
 
 
-def public_name(path: Path | str) -> str:
+def public_name(path: str | os.PathLike[str]) -> str:
     """What to call a folder, or the URL of one, in messages: without password or token."""
-    return public_url(path) if isinstance(path, str) else str(path)
+    return public_url(path) if isinstance(path, str) else os.fspath(path)
 
 
 def check_no_secrets(url: str, setting: str) -> None:

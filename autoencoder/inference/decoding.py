@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from autoencoder.inference import resumable
 from autoencoder.inference.latents import pack_caption, read_captions
-from autoencoder.inference.resumable import ResumableShards
 from data_prep.loader import LatentDataset, SampleRef
+from data_prep.resuming import ResumableShards
 from ldgan.engine.files import BackgroundWrites, write_atomically, writing_to
 from ldgan.engine.images import encode_lossless, to_uint8
 from ldgan.engine.progress import ProgressBar
@@ -100,16 +99,6 @@ class ImageShards(Output):
     ) -> None:
         """Make the shards of all processes and runs a shard set; ``seconds`` as in `Manifest`."""
         self._shards.write_manifest("images", class_names, details, seconds, has_captions=has_captions)
-
-
-def begin(folder: Path, decoding: Mapping[str, Any]) -> bool:
-    """Make ``folder`` with a note of ``decoding``, or check it; see `autoencoder.inference.resumable.begin`."""
-    return resumable.begin(folder, TASK, decoding)
-
-
-def finish(folder: Path, decoding: Mapping[str, Any]) -> None:
-    """Note that everything is there."""
-    resumable.finish(folder, TASK, decoding)
 
 
 def unfinished_blocks(output: Output, num_images: int) -> list[range]:

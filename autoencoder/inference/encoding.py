@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from autoencoder.inference.latents import pack_caption, pack_moments, read_captions
-from autoencoder.inference.resumable import ResumableShards, batches_of_blocks
 from autoencoder.inference.text import TextEncoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from data_prep.loader import ImageDataset, SampleRef, read_batches
+from data_prep.resuming import ResumableShards, batches_of_blocks
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import BackgroundWrites, writing_to

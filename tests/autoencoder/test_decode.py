@@ -19,20 +19,19 @@ from torch import Tensor
 from autoencoder import decode
 from autoencoder.inference import light_decoder
 from autoencoder.inference.decoding import (
+    TASK,
     ImageFiles,
     ImageShards,
     Output,
-    begin,
     decode_batches,
-    finish,
     unfinished_blocks,
 )
 from autoencoder.inference.latents import describe_latents, pack_caption, pack_moments
-from autoencoder.inference.resumable import batches_of_blocks
 from autoencoder.inference.tiling import decode_tiled
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
+from data_prep.resuming import batches_of_blocks, begin, finish
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
@@ -240,19 +239,19 @@ def test_a_folder_of_another_decoding_is_refused(folder, tmp_path, monkeypatch):
 def test_a_damaged_note_is_refused(tmp_path, content):
     (tmp_path / "decoding.json").write_text(content)
     with pytest.raises(UserError, match=r"decoding.json: is damaged .*; choose another --out"):
-        begin(tmp_path, {})
+        begin(tmp_path, TASK, {})
 
 
 def test_folders_of_other_things_are_refused_and_empty_ones_taken(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"exists already and is no decoding to continue"):
-        begin(tmp_path, {})
+        begin(tmp_path, TASK, {})
     with pytest.raises(UserError, match=r"exists already and is no decoding to continue"):
-        begin(tmp_path / "thesis.tex", {})
+        begin(tmp_path / "thesis.tex", TASK, {})
     (tmp_path / "empty").mkdir()
-    assert begin(tmp_path / "empty", {"tile": 0}) is False
-    finish(tmp_path / "empty", {"tile": 0})
-    assert begin(tmp_path / "empty", {"tile": 0}) is True
+    assert begin(tmp_path / "empty", TASK, {"tile": 0}) is False
+    finish(tmp_path / "empty", TASK, {"tile": 0})
+    assert begin(tmp_path / "empty", TASK, {"tile": 0}) is True
 
 
 def outputs(out: Path) -> list[Callable[[], Output]]:

@@ -33,11 +33,11 @@ from autoencoder.inference.encoding import (
     precision_line,
     shard_ranges,
 )
-from autoencoder.inference.resumable import ResumableShards
 from autoencoder.inference.text import Text, TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
+from data_prep.resuming import ResumableShards
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
@@ -258,7 +258,7 @@ KILLED = """
 import os, signal
 from autoencoder import encode
 from autoencoder.inference import encoding
-from autoencoder.inference.resumable import ResumableShards
+from data_prep.resuming import ResumableShards
 
 write = ResumableShards.write
 
@@ -372,7 +372,7 @@ def test_seconds_are_those_of_all_runs_side_by_side(folder, tmp_path, monkeypatc
     def seconds(out: Path, num_processes: int) -> float:
         out.mkdir()
         now = 0.0
-        monkeypatch.setattr("autoencoder.inference.resumable.time.monotonic", lambda: now)
+        monkeypatch.setattr("data_prep.resuming.time.monotonic", lambda: now)
         for first in (0, 2):
             output = ResumableShards(out, blocks, num_processes)
             for block in blocks[first : first + 2]:

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from data_prep.images import encode_image
-from data_prep.loader import ImageDataset, LatentDataset, SampleStream, TrainingOrder, training_batches
+from data_prep.loader import ImageDataset, LatentDataset, SampleStream, TrainingOrder, read_batches
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.config import load_config
@@ -113,7 +113,7 @@ def write_images(folder: Path, num_images: int, size: int, shard_size: int) -> N
 def our_images(shards: Path, flags: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
     """Our loader, as training opens it."""
     dataset = ImageDataset(ShardSet.open(shards))
-    return training_batches(dataset, order_of(dataset, flags.batch_size, flips=True), flags.workers)
+    return read_batches(dataset, order_of(dataset, flags.batch_size, flips=True), flags.workers)
 
 
 def image_folder(folder: Path, flags: argparse.Namespace) -> Iterable[Loaded]:
@@ -183,7 +183,7 @@ def latent_table(flags: argparse.Namespace, folder: Path) -> Table:
     num_batches = max(1, flags.num_latents // batch_size)
     rates = [
         samples_per_second(
-            training_batches(dataset, order_of(dataset, batch_size, flips=False), flags.workers), num_batches
+            read_batches(dataset, order_of(dataset, batch_size, flips=False), flags.workers), num_batches
         )
         for _ in range(flags.repeats)
     ]
@@ -248,7 +248,7 @@ def peak_memory(shards: Path) -> tuple[float, float]:
     before = resident_mib()
     dataset = LatentDataset(ShardSet.open(shards))
     num_batches = len(dataset) // 32
-    batches = training_batches(dataset, order_of(dataset, 32, flips=False), 0)
+    batches = read_batches(dataset, order_of(dataset, 32, flips=False), 0)
     return before, max(resident_mib() for _ in itertools.islice(batches, num_batches))
 
 

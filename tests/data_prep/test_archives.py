@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_prep import sources
 from data_prep.archives import ImageArchive, WebDatasetShards
-from data_prep.preparation import write_shards
+from data_prep.preparation import Preparation, write_shards
 from data_prep.shards import Manifest, ShardSet
 from data_prep.sources import ImageFolder, RawSample, Split
 from ldgan.engine.cli import UserError
@@ -87,9 +87,9 @@ def test_an_archive_is_the_same_as_the_folder_that_it_holds(tmp_path, write, suf
 @archives
 def test_shards_of_an_archive_are_those_of_the_folder_with_two_workers_too(tmp_path, write, suffix):
     files = {f"{'ab'[number % 2]}/{number}.png": picture(number) for number in range(40)}
-    folder = write_shards(ImageFolder(write_folder(tmp_path / "folder", files)), tmp_path / "1", resolution=8)
+    folder = write_shards(ImageFolder(write_folder(tmp_path / "folder", files)), tmp_path / "1", Preparation(8))
     archive = ImageArchive(write(tmp_path / f"x.{suffix}", files))
-    assert write_shards(archive, tmp_path / "2", resolution=8, num_workers=2).shards == folder.shards
+    assert write_shards(archive, tmp_path / "2", Preparation(8), num_workers=2).shards == folder.shards
 
 
 @archives
@@ -123,7 +123,7 @@ def test_names_that_would_lead_elsewhere_stay_names(tmp_path, monkeypatch, write
     hostile = {"../a/outside.png": picture(1), str(tmp_path / "outside.png"): picture(2), "b/../../b.png": picture(3)}
     source = ImageArchive(write(inside / f"x.{suffix}", hostile))
     assert {sample.image.read() for sample in source} == set(hostile.values())
-    manifest = write_shards(source, inside / "set", resolution=8, num_workers=1)
+    manifest = write_shards(source, inside / "set", Preparation(8), num_workers=1)
     assert manifest.num_samples == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "inside", "outside.png"]
     assert sorted(path.name for path in inside.iterdir()) == ["set", f"x.{suffix}"]
@@ -158,7 +158,7 @@ def test_links_and_devices_are_left_out(tmp_path):
 
 
 def rejected(source: ImageArchive, out: Path) -> dict[str, str]:
-    write_shards(source, out, resolution=8)
+    write_shards(source, out, Preparation(8))
     lines = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
     return {line["name"]: line["reason"] for line in lines}
 
@@ -243,7 +243,7 @@ def test_files_that_are_no_archives_or_hold_no_images_are_named(tmp_path):
 def outcome(path: Path, out: Path) -> str:
     """What becomes of an archive of four images; anything but a UserError is raised."""
     try:
-        return "all" if write_shards(ImageArchive(path), out, resolution=8).num_samples == 4 else "some"
+        return "all" if write_shards(ImageArchive(path), out, Preparation(8)).num_samples == 4 else "some"
     except UserError:
         return "refused"
 
@@ -296,7 +296,7 @@ def test_shards_of_img2dataset_are_read_with_their_captions(tmp_path):
         "00001.tar/sub/000010000": (picture(3), None),
     }
     assert source.description["num_without_image"] == 2
-    manifest = write_shards(source, tmp_path / "set", resolution=8)
+    manifest = write_shards(source, tmp_path / "set", Preparation(8))
     shards = ShardSet.open(tmp_path / "set")
     texts = sorted(sample["txt"].decode() for sample in map(shards.read, range(4)) if "txt" in sample)
     assert texts == ["from text", "größer"]
@@ -311,7 +311,7 @@ def test_numbers_are_labels_and_those_that_are_none_are_rejected(tmp_path):
     }
     write_tar(tmp_path / "shards" / "0.tar", files)
     source = WebDatasetShards(tmp_path / "shards")
-    manifest = write_shards(source, tmp_path / "set", resolution=8)
+    manifest = write_shards(source, tmp_path / "set", Preparation(8))
     assert manifest.class_names == ["0", "1", "2"]
     assert manifest.details["rejected"] == {"unreadable": 3, "filtered": 0, "duplicate": 0}
     shards = ShardSet.open(tmp_path / "set")
@@ -319,8 +319,8 @@ def test_numbers_are_labels_and_those_that_are_none_are_rejected(tmp_path):
 
 
 def test_shards_of_ours_can_be_prepared_anew_with_their_classes(tmp_path):
-    write_shards(ImageFolder(write_folder(tmp_path / "folder", CLASSES)), tmp_path / "first", resolution=8)
-    again = write_shards(WebDatasetShards(tmp_path / "first"), tmp_path / "second", resolution=8)
+    write_shards(ImageFolder(write_folder(tmp_path / "folder", CLASSES)), tmp_path / "first", Preparation(8))
+    again = write_shards(WebDatasetShards(tmp_path / "first"), tmp_path / "second", Preparation(8))
     assert again.class_names == ["cats", "dogs"]
     pairs = [[ShardSet.open(tmp_path / name).read(index) for index in range(3)] for name in ("first", "second")]
     assert sorted(map(repr, pairs[0])) == sorted(map(repr, pairs[1]))  # in another order
@@ -343,7 +343,7 @@ def test_members_whose_content_would_be_code_are_not_looked_at(tmp_path):
     with pytest.raises(
         UserError, match=r"none of 1 images can be used; the first is 0.tar/0 \(ValueError: invalid lit"
     ):
-        write_shards(WebDatasetShards(tmp_path / "shards"), tmp_path / "set", resolution=8)
+        write_shards(WebDatasetShards(tmp_path / "shards"), tmp_path / "set", Preparation(8))
 
 
 # --- Brace patterns -----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data_prep.loader import LatentDataset, SampleRef, SampleStream, TrainingOrder, training_batches
+from data_prep.loader import LatentDataset, SampleRef, SampleStream, TrainingOrder, read_batches
 from data_prep.shards import Manifest, ShardInfo, ShardSet, ShardWriter
 
 SHARD_SIZES = st.lists(st.integers(1, 12), min_size=1, max_size=40)
@@ -155,7 +155,7 @@ def test_ranks_with_workers_read_every_stored_sample_once_an_epoch(
     for rank in range(world_size):
         order = order_of(dataset.shards.shard_sizes, rank, world_size, micro_batch_size=batch_size)
         num_batches = num_epochs * num_samples // (batch_size * world_size)
-        batches = itertools.islice(training_batches(dataset, order, num_workers), num_batches)
+        batches = itertools.islice(read_batches(dataset, order, num_workers), num_batches)
         for position, batch in zip(order.positions(), batches):
             labels, flips = zip(*refs[position : position + batch_size])
             assert batch["label"].tolist() == list(labels)

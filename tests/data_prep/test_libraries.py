@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep.libraries import HuggingFaceDataset, open_torchvision
-from data_prep.preparation import write_shards
+from data_prep.preparation import Preparation, write_shards
 from data_prep.shards import ShardSet
 from data_prep.sources import Split
 from ldgan.engine.cli import UserError
@@ -144,7 +144,7 @@ def test_lsun_gives_every_image_of_a_category_with_two_workers_too(lsun_root):
     source = open_torchvision("LSUN/church_outdoor_train", lsun_root)
     found = {sample.name: sample.image.read() for sample in source}
     assert found == {hashlib.sha1(bytes([number])).hexdigest(): png(number) for number in range(20)}
-    write_shards(source, lsun_root / "set", resolution=32, num_workers=2)
+    write_shards(source, lsun_root / "set", Preparation(32), num_workers=2)
     shards = ShardSet.open(lsun_root / "set")
     stored = {Image.open(io.BytesIO(shards.read(index)["png"])).tobytes() for index in range(20)}
     assert stored == {noise(number).tobytes() for number in range(20)}

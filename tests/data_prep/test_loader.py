@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import loader
 from data_prep.images import encode_image
 from data_prep.loader import (
     EpochOrder,
@@ -23,9 +22,10 @@ from data_prep.loader import (
     SampleRef,
     SampleStream,
     TrainingOrder,
+    read_batches,
     sequential_batches,
-    training_batches,
 )
+from data_prep.samples import load_moments, open_image
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.cli import UserError
 
@@ -209,7 +209,7 @@ def test_a_shard_that_goes_missing_in_the_middle_of_training_ends_it_by_name(tmp
             writer.write({"png": encode_image(Image.new("RGB", (8, 8)), "png", 95)})
     dataset = ImageDataset(ShardSet.open(tmp_path / "set"))
     (tmp_path / "set" / "shard-000001.tar").unlink()
-    batches = training_batches(dataset, order([2, 2], window_shards=1), num_workers)
+    batches = read_batches(dataset, order([2, 2], window_shards=1), num_workers)
     with pytest.raises(UserError, match=r"/set/shard-000001.tar is missing or damaged \(.*No such file.*shards again$"):
         list(itertools.islice(batches, 2))
 
@@ -229,15 +229,15 @@ def test_arrays_that_are_no_moments_are_refused(array, details, complaint):
     buffer = io.BytesIO()
     np.save(buffer, array)
     with pytest.raises(ValueError, match=complaint):
-        loader._decode_moments({"npy": buffer.getvalue()}, details)
+        load_moments({"npy": buffer.getvalue()}, details)
 
 
 def test_an_image_of_another_size_than_the_manifest_says_is_not_decoded():
     """Else a few kilobytes could take the memory of an image of 10^8 pixels."""
     content = encode_image(Image.new("RGB", (9, 8)), "png", 95)
     with pytest.raises(ValueError, match="9 x 8 pixels, not 8 x 8 as in the manifest"):
-        loader._decode_image({"png": content}, 8)
-    assert loader._decode_image({"png": content}, None).shape == (8, 9, 3)
+        open_image({"png": content}, 8)
+    assert open_image({"png": content}, None).size == (9, 8)
 
 
 def test_a_png_that_is_called_jpg_is_refused_by_name(tmp_path):
@@ -316,7 +316,7 @@ def test_text_that_is_not_there_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_training_batches_follow_the_order_whatever_the_workers(images, num_workers):
-    batches = training_batches(images, order(images.shards.shard_sizes), num_workers)
+    batches = read_batches(images, order(images.shards.shard_sizes), num_workers)
     for refs, batch in zip(take(order(images.shards.shard_sizes), 6), batches):
         assert batch["label"].tolist() == [10 * ref.index for ref in refs]
         assert torch.equal(batch["image"], torch.stack([images[ref]["image"] for ref in refs]))
@@ -324,7 +324,7 @@ def test_training_batches_follow_the_order_whatever_the_workers(images, num_work
 
 def test_loading_leaves_the_global_random_generator_alone(images):
     before = torch.get_rng_state()
-    next(training_batches(images, order(images.shards.shard_sizes), num_workers=0))
+    next(read_batches(images, order(images.shards.shard_sizes), num_workers=0))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.make_shards import open_source, parse_args
-from data_prep.preparation import write_shards
+from data_prep.preparation import Preparation, write_shards
 from data_prep.processes import launched_processes
 from data_prep.shards import Manifest, ShardSet
 from data_prep.sources import ImageFolder, Source, StackedMNIST
@@ -71,7 +71,7 @@ def test_the_command_writes_the_same_bytes_with_one_and_two_workers(photos, tmp_
 
 
 def test_torchrun_with_two_processes_writes_the_bytes_of_one(photos, tmp_path):
-    write_shards(ImageFolder(photos), tmp_path / "one", resolution=8, samples_per_shard=15, deduplicate=True)
+    write_shards(ImageFolder(photos), tmp_path / "one", Preparation(8, deduplicate=True), samples_per_shard=15)
     arguments = (photos, "--out", tmp_path / "two", "--resolution", 8, "--samples-per-shard", 15, "--workers", 1)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "data_prep/make_shards.py"]
     result = subprocess.run(
@@ -95,7 +95,7 @@ def test_processes_that_do_not_find_each_other_are_told(monkeypatch):
 
 
 def test_labels_captions_and_rejects_end_where_they_belong(photos, tmp_path):
-    manifest = write_shards(ImageFolder(photos), tmp_path / "set", resolution=8)
+    manifest = write_shards(ImageFolder(photos), tmp_path / "set", Preparation(8))
     assert manifest.class_names == ["cats", "dogs"]
     assert manifest.has_captions
     shards = ShardSet.open(tmp_path / "set")
@@ -111,7 +111,7 @@ def test_labels_captions_and_rejects_end_where_they_belong(photos, tmp_path):
 
 def test_stacked_mnist_is_stored_without_loss(tmp_path):
     source = StackedMNIST(num_images=20, seed=5)
-    manifest = write_shards(source, tmp_path / "set", resolution=32, seed=5)
+    manifest = write_shards(source, tmp_path / "set", Preparation(32, seed=5))
     assert len(manifest.class_names) == 1000
     shards = ShardSet.open(tmp_path / "set")
     for index, raw in enumerate(source):
@@ -122,7 +122,7 @@ def test_stacked_mnist_is_stored_without_loss(tmp_path):
 
 @pytest.mark.parametrize(("image_format", "magic"), [("jpg", b"\xff\xd8"), ("webp", b"RIFF")])
 def test_the_image_format_is_what_was_asked_for(tmp_path, image_format, magic):
-    write_shards(StackedMNIST(num_images=1), tmp_path / "set", resolution=32, image_format=image_format)
+    write_shards(StackedMNIST(num_images=1), tmp_path / "set", Preparation(32, image_format=image_format))
     assert ShardSet.open(tmp_path / "set").read(0)[image_format].startswith(magic)
 
 
@@ -155,7 +155,7 @@ def rejected_by(folder: Path) -> dict[str, str]:
 )
 def test_images_that_are_too_small_or_too_long_are_left_out_and_counted(tmp_path, options, left_out):
     root = save_sizes(tmp_path / "photos", (9, 40), (40, 9), (10, 20), (20, 10), (20, 20))
-    manifest = write_shards(ImageFolder(root), tmp_path / "set", resolution=8, **options)
+    manifest = write_shards(ImageFolder(root), tmp_path / "set", Preparation(8, **options))
     assert rejected_by(tmp_path / "set") == dict.fromkeys(left_out, "filtered")
     assert manifest.details["rejected"] == {"unreadable": 0, "filtered": len(left_out), "duplicate": 0}
     assert manifest.num_samples == 5 - len(left_out)
@@ -165,7 +165,7 @@ def test_images_that_are_too_small_or_too_long_are_left_out_and_counted(tmp_path
 def test_nothing_left_is_an_error_that_says_why(tmp_path):
     root = save_sizes(tmp_path / "photos", (9, 9), (8, 8))
     with pytest.raises(UserError, match=r"none of 2 images can be used; the first is .* pixels is below 10"):
-        write_shards(ImageFolder(root), tmp_path / "set", resolution=8, min_side=10)
+        write_shards(ImageFolder(root), tmp_path / "set", Preparation(8, min_side=10))
     assert not (tmp_path / "set").exists()
 
 
@@ -180,12 +180,12 @@ def test_of_images_with_equal_pixels_the_first_stays_whatever_the_file(tmp_path)
     for crop in ("center", "random"):
         out = tmp_path / crop
         source = ImageFolder(root, seed=4)
-        manifest = write_shards(source, out, resolution=8, crop=crop, deduplicate=True)
+        manifest = write_shards(source, out, Preparation(8, crop=crop, deduplicate=True))
         equal = [sample.name for sample in source if sample.name in ("12x8.png", "again.bmp", "again.tiff")]
         assert rejected_by(out) == dict.fromkeys(equal[1:], "duplicate")
         assert f'"the same pixels as {equal[0]}"' in (out / "rejected.jsonl").read_text()
         assert (manifest.num_samples, manifest.details["rejected"]["duplicate"]) == (4, 2)
-    everything = write_shards(ImageFolder(root), tmp_path / "everything", resolution=8)
+    everything = write_shards(ImageFolder(root), tmp_path / "everything", Preparation(8))
     assert everything.num_samples == 6
 
 
@@ -194,7 +194,7 @@ def test_duplicates_are_found_across_workers(photos, tmp_path):
         copy = photos / "dogs" / f"copy{number}.png"
         copy.write_bytes((photos / "cats" / f"{number}.png").read_bytes())
     one, two = (
-        write_shards(ImageFolder(photos), tmp_path / str(n), resolution=8, deduplicate=True, num_workers=n)
+        write_shards(ImageFolder(photos), tmp_path / str(n), Preparation(8, deduplicate=True), num_workers=n)
         for n in (1, 2)
     )
     assert one.details["rejected"] == {"unreadable": 1, "filtered": 0, "duplicate": 20}
@@ -210,8 +210,8 @@ def test_random_crops_depend_on_name_and_seed_alone_and_reach_everywhere(tmp_pat
         Image.fromarray(ramp).save(root / f"{number}.png")
 
     def lefts(seed: int, name: str, order_seed: int = 0) -> dict[str, int]:
-        source = ImageFolder(root, order_seed)
-        write_shards(source, tmp_path / name, resolution=8, crop="random", seed=seed)
+        source = ImageFolder(root, seed=order_seed)
+        write_shards(source, tmp_path / name, Preparation(8, crop="random", seed=seed))
         shards = ShardSet.open(tmp_path / name)
         images = (Image.open(io.BytesIO(shards.read(index)["png"])) for index in range(len(shards)))
         return {sample.name: image.getpixel((0, 0))[0] for sample, image in zip(source, images)}
@@ -288,7 +288,7 @@ def test_the_command_line_names_archives_shards_and_sets(photos, tmp_path, monke
     archive = shutil.make_archive(str(tmp_path / "photos"), "zip", photos.parent, "photos")
     cats = open_named(archive, "--inside", "photos/cats", "--num-images", 5)
     assert (type(cats), len(cats), cats.class_names) == (ImageArchive, 5, None)
-    write_shards(cats, tmp_path / "cats", resolution=8)
+    write_shards(cats, tmp_path / "cats", Preparation(8))
     shards = open_named(tmp_path / "cats", "--part", "train")
     assert type(shards) is WebDatasetShards
     assert type(open_named(tmp_path / "cats" / "shard-{000000..000000}.tar")) is WebDatasetShards

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,16 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import preparation, prepared
-from data_prep.preparation import write_shards
-from data_prep.processes import Processes
-from data_prep.resuming import JOURNAL_NAME, ResumableShardWriter
+from data_prep import preparation, prepared, resuming
+from data_prep.preparation import Preparation, write_shards
+from data_prep.processes import ALONE, Processes
+from data_prep.resuming import SETTINGS_NAME, Record
 from data_prep.shards import Manifest, ShardFile
-from data_prep.sources import ImageFolder, RawSample
+from data_prep.sources import ImageFolder, RawSample, Source
 from ldgan.engine.cli import UserError
 
 NUM_IMAGES = 60
-HOW = {"resolution": 8, "samples_per_shard": 5, "deduplicate": True, "min_side": 6}
+
+
+def write_set(
+    source: Source, out: Path, *, samples_per_shard: int = 5, processes: Processes = ALONE, **changes: int
+) -> Manifest | None:
+    preparation = Preparation(**({"resolution": 8, "deduplicate": True, "min_side": 6} | changes))
+    return write_shards(source, out, preparation, samples_per_shard=samples_per_shard, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "set"
-    manifest = write_shards(ImageFolder(photos), out, **HOW)
+    manifest = write_set(ImageFolder(photos), out)
     assert all(count > 1 for count in manifest.details["rejected"].values())
     return out
 
@@ -65,6 +72,11 @@ class Stopping(ImageFolder):
         return super().__getitem__(position)
 
 
+def records(folder: Path) -> list[Path]:
+    """The records of the finished shards, in order."""
+    return sorted(folder.glob(".shard-*.json"))
+
+
 def contents(folder: Path) -> dict[str, object]:
     """Every file of a set; of the manifest all but the time it took."""
     files: dict[str, object] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -77,24 +89,23 @@ def test_a_set_begun_several_times_has_the_bytes_of_one_written_at_once(photos, 
     out = tmp_path / "set"
     for stop in stops:
         with pytest.raises(KeyboardInterrupt):
-            write_shards(Stopping(photos, stop), out, **HOW)
+            write_set(Stopping(photos, stop), out)
         assert not out.exists()
-    write_shards(ImageFolder(photos), out, **HOW)
+    write_set(ImageFolder(photos), out)
     assert contents(out) == contents(undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_what_is_finished_is_not_read_again(photos, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
-    lines = (tmp_path / ".set.partial" / JOURNAL_NAME).read_text().splitlines()
-    num_read = json.loads(lines[-1])["notes"]["num_read"]
+        write_set(Stopping(photos, 32), tmp_path / "set")
+    num_read = Record.of_json(records(tmp_path / ".set.partial")[-1].read_text()).notes["num_read"]
     prepared: list[str] = []
     prepare = preparation._prepare_one
     monkeypatch.setattr(
         preparation, "_prepare_one", lambda sample, *how: prepared.append(sample.name) or prepare(sample, *how)
     )
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+    write_set(ImageFolder(photos), tmp_path / "set")
     assert prepared == [sample.name for sample in ImageFolder(photos)][num_read:]
     assert num_read > 20
 
@@ -114,7 +125,7 @@ def test_a_run_killed_at_any_moment_is_gone_on_with(photos, undisturbed, tmp_pat
             break
     assert num_killed >= 2
     if not (tmp_path / "set").exists():
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set")
     assert contents(tmp_path / "set") == contents(undisturbed)
 
 
@@ -122,62 +133,64 @@ def _write_slowly(photos: Path, out: Path) -> None:
     prepare = preparation._prepare_one
     preparation._prepare_one = lambda sample, *how: time.sleep(0.01) or prepare(sample, *how)
     preparation.CHUNK_SAMPLES = 1
-    write_shards(ImageFolder(photos), out, **HOW)
+    write_set(ImageFolder(photos), out)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
-def test_a_line_that_was_being_written_counts_for_nothing(photos, undisturbed, tmp_path, kept):
+@pytest.mark.parametrize("content", ["", "{", "not JSON", "[]", "{}", '{"info": {}, "seconds": 1}', "1", "whole"])
+@pytest.mark.parametrize("number", [0, 2, -1])
+def test_a_shard_whose_record_or_end_is_lost_is_written_again(photos, undisturbed, tmp_path, content, number):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 48), tmp_path / "set", **HOW)
-    journal = tmp_path / ".set.partial" / JOURNAL_NAME
-    text = journal.read_text()
-    journal.write_text(text[: int(kept * len(text))])
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 48), tmp_path / "set")
+    record = records(tmp_path / ".set.partial")[number]
+    if content == "whole":
+        shard = tmp_path / ".set.partial" / f"{record.stem[1:]}.tar"
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        record.write_text(content)
+    write_set(ImageFolder(photos), tmp_path / "set")
     assert contents(tmp_path / "set") == contents(undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 @pytest.mark.parametrize("change", [{"resolution": 4}, {"samples_per_shard": 6}, {"quality": 3}, {"seed": 1}])
 def test_other_settings_are_not_mixed_in(photos, tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     ((key, value),) = change.items()
     with pytest.raises(UserError, match=rf"\.set\.partial is an unfinished set with another {key} \(.*, now {value}\)"):
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW | change)
-    write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set", **change)
+    write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_a_source_that_changed_meanwhile_is_noticed(photos, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
-        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
     with pytest.raises(UserError, match="another num_raw_images"):
-        write_shards(ImageFolder(photos, num_images=50), tmp_path / "set", **HOW)
-    shard = tmp_path / ".set.partial" / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"shard-000001.tar has been damaged since it was written"):
-        write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, num_images=50), tmp_path / "set")
+    records(tmp_path / ".set.partial")[0].unlink()  # so that the order is not known from the last sample
+    with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
 
 
-def test_a_damaged_journal_is_named(photos, tmp_path):
+@pytest.mark.parametrize("content", ["", "not JSON", "[]", '"text"'])
+def test_damaged_settings_are_named(photos, tmp_path, content):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
-    journal = tmp_path / ".set.partial" / JOURNAL_NAME
-    settings, *finished = journal.read_text().splitlines()
-    for line in ("not JSON", "[]", "{}", '{"shard": {}}'):
-        journal.write_text("\n".join([settings, line, *finished]) + "\n")
-        with pytest.raises(UserError, match=r"\.unfinished\.jsonl is damaged .* to begin anew"):
-            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
+    (tmp_path / ".set.partial" / SETTINGS_NAME).write_text(content)
+    with pytest.raises(UserError, match=r"\.unfinished\.json: is damaged .* to begin anew"):
+        write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_two_processes_do_not_write_one_set(photos, tmp_path):
     class Second(ImageFolder):
         def __getitem__(self, position: int) -> RawSample:
             with pytest.raises(UserError, match="another process is writing"):
-                write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+                write_set(ImageFolder(photos), tmp_path / "set")
             return super().__getitem__(position)
 
-    write_shards(Second(photos), tmp_path / "set", **HOW)
+    write_set(Second(photos), tmp_path / "set")
     assert Manifest.read(tmp_path / "set").num_samples > 30
 
 
@@ -222,7 +235,7 @@ def _take_part(photos: Path, out: Path, processes: Processes, faults: dict[str, 
     if faults and processes.index == faults["process"]:
         owner, name = faults["dies"]
         setattr(owner, name, counted(getattr(owner, name)))
-    write_shards(ImageFolder(photos), out, processes=processes, **HOW)
+    write_set(ImageFolder(photos), out, processes=processes)
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -238,7 +251,7 @@ MOMENTS = {
     "preparing": ((preparation, "_prepare_one"), 10),
     "between blocks": ((prepared.PreparedBlocks, "write"), 1),
     "packing": ((ShardFile, "write"), 8),
-    "noting": ((ResumableShardWriter, "_write_line"), 2),
+    "noting": ((resuming, "write_atomically"), 2),  # the shard has its name, and no record yet
     "completing": ((Manifest, "write"), 0),
 }
 
@@ -266,7 +279,7 @@ def test_two_processes_of_which_one_is_killed_are_gone_on_with_by_any_number(
 @pytest.mark.usefixtures("small_blocks")
 def test_what_one_process_began_several_go_on_with(photos, undisturbed, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        write_shards(Stopping(photos, 32), tmp_path / "set", **HOW)
+        write_set(Stopping(photos, 32), tmp_path / "set")
     assert launch(photos, tmp_path / "set", 2) == [0, 0]
     assert contents(tmp_path / "set") == contents(undisturbed)
 
@@ -276,16 +289,31 @@ def test_blocks_of_a_source_that_changed_are_noticed(photos, tmp_path):
     dies, after = MOMENTS["packing"]
     launch(photos, tmp_path / "set", 2, dies=dies, after=after, process=0)
     with pytest.raises(UserError, match=r"the source has changed since .*set\.partial was begun"):
-        write_shards(ImageFolder(photos, seed=1), tmp_path / "set", **HOW)
-    for pattern, content in (("*.bin", ""), ("*.json", "[{}]")):
-        for path in (tmp_path / ".set.partial" / "scratch").glob(pattern):
-            path.write_text(content)
-        with pytest.raises(
-            UserError, match=rf"scratch/00000[0-9]{pattern[1:]} is missing or damaged .* to prepare anew"
-        ):
-            write_shards(ImageFolder(photos), tmp_path / "set", **HOW)
+        write_set(ImageFolder(photos, seed=1), tmp_path / "set")
+    blocks = sorted((tmp_path / ".set.partial" / "scratch").glob("*.zip"))
+    whole = [block.read_bytes() for block in blocks]
+
+    def cut(block: Path) -> None:
+        block.write_bytes(block.read_bytes()[:-9])
+
+    def change(block: Path) -> None:
+        """Flip a bit of the first member that there is, which its checksum tells."""
+        content = bytearray(block.read_bytes())
+        content[60] ^= 1
+        block.write_bytes(content)
+
+    def without_samples(block: Path) -> None:
+        with zipfile.ZipFile(block, "w") as archive:
+            archive.writestr("samples.json", "[{}]")
+
+    for damage in (cut, change, without_samples):
+        for block, content in zip(blocks, whole):
+            block.write_bytes(content)
+            damage(block)
+        with pytest.raises(UserError, match=r"scratch/00000[0-9]\.zip is missing or damaged .* to prepare anew"):
+            write_set(ImageFolder(photos), tmp_path / "set")
 
 
 def test_processes_that_do_not_share_the_folder_are_told(photos, tmp_path):
     with pytest.raises(UserError, match="choose an --out that all machines share"):
-        write_shards(ImageFolder(photos), tmp_path / "set", processes=Processes(0, 2, lambda: None), **HOW)
+        write_set(ImageFolder(photos), tmp_path / "set", processes=Processes(0, 2, lambda: None))

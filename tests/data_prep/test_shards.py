@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from data_prep import shards
-from data_prep.shards import Manifest, ShardSet, ShardWriter, load_array
+from data_prep.samples import load_array
+from data_prep.shards import Manifest, ShardSet, ShardWriter
 from ldgan.engine.cli import UserError
 
 INFO = {"name": "shard-000000.tar", "num_samples": 1, "num_bytes": 1024, "sha256": "0" * 64}

@@ -104,11 +104,11 @@ def test_the_order_is_a_permutation_drawn_from_the_seed(tmp_path):
     names = [f"{number:02d}.png" for number in range(20)]
     for name in names:
         save(tmp_path / name, Image.new("L", (1, 1)))
-    orders = {seed: [sample.name for sample in ImageFolder(tmp_path, seed)] for seed in (0, 1)}
+    orders = {seed: [sample.name for sample in ImageFolder(tmp_path, seed=seed)] for seed in (0, 1)}
     assert sorted(orders[0]) == sorted(orders[1]) == names
     assert orders[0] != orders[1] != names
-    assert [sample.name for sample in ImageFolder(tmp_path, 0)] == orders[0]
-    assert [sample.name for sample in ImageFolder(tmp_path, 0, num_images=5)] == orders[0][:5]
+    assert [sample.name for sample in ImageFolder(tmp_path, seed=0)] == orders[0]
+    assert [sample.name for sample in ImageFolder(tmp_path, seed=0, num_images=5)] == orders[0][:5]
 
 
 def test_folders_that_make_no_sense_are_refused(tmp_path):

@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from data_prep.make_shards import write_shards
+from data_prep.preparation import Preparation, write_shards
 from data_prep.sources import ImageFolder
 from ldgan import evaluate, sample
 from ldgan.engine.checkpoint import save_checkpoint
@@ -326,7 +326,7 @@ def test_shards_and_their_urls_are_measured_as_the_folder_they_were_made_of(
     command: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("samples", "real"):
-        write_shards(ImageFolder(folder / name), tmp_path / name, resolution=8, samples_per_shard=4)
+        write_shards(ImageFolder(folder / name), tmp_path / name, Preparation(8), samples_per_shard=4)
     flags = ("--metrics", "fid,neighbours", *features(folder))
     shards = command("--images", tmp_path / "samples", "--reference", tmp_path / "real", *flags, out="shards")
     assert values(shards) == pytest.approx(values(command(*files(folder), "--metrics", "fid")), rel=1e-4)

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from PIL import Image, ImageFile
 from torch import Tensor
 
-from autoencoder.inference.decoding import begin, finish
+from autoencoder.inference.decoding import TASK
 from data_prep.images import encode_image, resize_and_crop
-from data_prep.make_shards import write_shards
+from data_prep.preparation import Preparation, write_shards
+from data_prep.resuming import begin, finish
 from data_prep.shards import ShardWriter
 from data_prep.sources import ImageFolder
 from ldgan.diffusion.process import build_diffusion
@@ -126,12 +127,12 @@ def test_a_folder_of_samples_is_its_numbered_files_by_number(samples_folder: Pat
 def test_a_decoding_that_was_stopped_is_refused(samples_folder: Path) -> None:
     decoding = {"format": "ldgan-decoding/1"}
     unfinished = samples_folder.parent / "decoded"
-    begin(unfinished, decoding)
+    begin(unfinished, TASK, decoding)
     for file in samples_folder.iterdir():
         shutil.copy(file, unfinished)
     with pytest.raises(UserError, match=r"decoded: is not finished; run the same autoencoder/decode\.py command"):
         open_images(unfinished)
-    finish(unfinished, decoding)
+    finish(unfinished, TASK, decoding)
     assert torch.equal(all_of(open_images(unfinished)), all_of(open_images(samples_folder)))
     (unfinished / "decoding.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
@@ -141,7 +142,7 @@ def test_a_decoding_that_was_stopped_is_refused(samples_folder: Path) -> None:
 def test_shards_give_the_pixels_of_the_folder_they_were_made_of(tmp_path: Path) -> None:
     for number, image in enumerate(noise(9, (8, 8))):
         save(tmp_path / "folder" / f"{number}.png", image)
-    manifest = write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", resolution=8, samples_per_shard=4)
+    manifest = write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", Preparation(8), samples_per_shard=4)
     folder, shards = open_images(tmp_path / "folder"), open_images(tmp_path / "shards", num_workers=2)
     assert torch.equal(all_of(shards), all_of(folder))
     assert torch.equal(shards.read(5), folder.read(5))
@@ -161,7 +162,7 @@ def test_shards_behind_a_url_are_the_same_set(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setenv("LDGAN_CACHE", str(tmp_path / "cache"))
     for number, image in enumerate(noise(9, (8, 8))):
         save(tmp_path / "folder" / f"{number}.png", image)
-    write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", resolution=8, samples_per_shard=4)
+    write_shards(ImageFolder(tmp_path / "folder"), tmp_path / "shards", Preparation(8), samples_per_shard=4)
     local, remote = open_images(tmp_path / "shards"), open_images(f"file://{tmp_path}/shards")
     assert torch.equal(all_of(remote), all_of(local))
     assert remote.fingerprint() == local.fingerprint()
