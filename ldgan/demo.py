@@ -14,8 +14,6 @@ import tempfile
 from time import sleep
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from autoencoder.inference.light_decoder import add_decoder_flag
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
@@ -69,11 +67,6 @@ def open_studio(flags: argparse.Namespace) -> Studio:
     from ldgan.reports.demo_page import Studio
 
     checkpoint = resolve_checkpoint(flags.checkpoint)  # before the pipeline would look for it on the Hub
-    try:
-        torch.empty(0, device=flags.device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: of a torch that was built without it
-        reason = str(error).partition("\n")[0]
-        raise cli.UserError(f"--device {flags.device}: cannot be used ({reason}); choose cpu, say") from error
     dtype: Literal["bf16"] | None = "bf16" if flags.precision == "bf16" else None
     pipeline = LatentDDGAN.from_pretrained(checkpoint, device=flags.device, dtype=dtype, decoder=flags.decoder)
     check_sampler(checkpoint, pipeline.model, SamplerConfig(flags.sampler, flags.steps or 0))

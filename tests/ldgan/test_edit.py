@@ -167,7 +167,7 @@ def test_a_way_and_mixed_styles_are_what_the_functions_make(command, model, tmp_
     [
         (["stroke", "--image", "a.png", "--step", 5], "step 5: the model is sampled in 4"),
         (["img2img", "--image", "a.png", "--strength", 0], "choose more than 0"),
-        (["img2img", "--image", "a.png", "--labels", "cow"], "--labels: no class 'cow'"),
+        (["img2img", "--image", "a.png", "--labels", "cow"], "labels: no class 'cow'"),
         (["img2img", "--image", "nowhere.png"], "nowhere.png: cannot be read"),
         (["img2img", "--image", "empty"], "empty: holds no images"),
         (["img2img", "--image", "twins"], "twins: two images have the same name"),
