@@ -14,12 +14,11 @@ import tempfile
 from time import sleep
 from typing import TYPE_CHECKING, Literal
 
-from autoencoder.inference.light_decoder import add_decoder_flag
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.session import add_precision_flag
-from ldgan.inference.jobs import check_sampler
+from ldgan.inference.jobs import add_model_flags, check_sampler
 from ldgan.inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -88,9 +87,7 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help="a run, a checkpoint in it, or an exported folder"
-    )
+    add_model_flags(parser)
     add(
         "--host",
         default="127.0.0.1",
@@ -108,7 +105,6 @@ def parse_flags() -> argparse.Namespace:
         help="as of ldgan/sample.py (default: ancestral)",
     )
     add("--steps", type=cli.positive, metavar="N", help="steps, such as 50 for a DDPM run with ddim (default: all)")
-    add_decoder_flag(parser)
     add_precision_flag(parser)
     return parser.parse_args()
 

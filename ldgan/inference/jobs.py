@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoder.inference.light_decoder import add_decoder_flag
 from autoencoder.inference.text import Text
 from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine import cli
@@ -87,13 +88,20 @@ class Job:
 
 
 def job_of(flags: argparse.Namespace, device: torch.device) -> Job:
-    """What a command's flags ask for: ``--checkpoint``, ``--num-images``, ``--seed``, ``--batch-size``,
-    ``--decoder`` and those of `add_sampler_flags`.
+    """What a command's flags ask for: ``--num-images``, ``--seed``, ``--batch-size`` and those of
+    `add_model_flags` and `add_sampler_flags`.
     """
     sampler = sampler_of(flags)
     model = open_model(flags.checkpoint, sampler, device, flags.decoder)
     labels, prompts = labels_of(flags.labels, model), prompts_of(flags, model)
     return Job(model, sampler, labels, flags.num_images, flags.seed, flags.batch_size, prompts)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint`` and ``--decoder``: the trained model, and which decoder turns its latents into images."""
+    known = "a run of ldgan/train.py or ldgan/train_ddpm.py, a checkpoint in it, or a folder of save_pretrained"
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help=known)
+    add_decoder_flag(parser)
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
