@@ -14,14 +14,11 @@ import tempfile
 from time import sleep
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from autoencoder.inference.light_decoder import add_decoder_flag
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.run import resolve_checkpoint
 from ldgan.engine.session import add_precision_flag
-from ldgan.inference.jobs import check_sampler
+from ldgan.inference.jobs import add_model_flags, check_sampler
 from ldgan.inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -69,11 +66,6 @@ def open_studio(flags: argparse.Namespace) -> Studio:
     from ldgan.reports.demo_page import Studio
 
     checkpoint = resolve_checkpoint(flags.checkpoint)  # before the pipeline would look for it on the Hub
-    try:
-        torch.empty(0, device=flags.device)
-    except (AssertionError, RuntimeError) as error:  # AssertionError: of a torch that was built without it
-        reason = str(error).partition("\n")[0]
-        raise cli.UserError(f"--device {flags.device}: cannot be used ({reason}); choose cpu, say") from error
     dtype: Literal["bf16"] | None = "bf16" if flags.precision == "bf16" else None
     pipeline = LatentDDGAN.from_pretrained(checkpoint, device=flags.device, dtype=dtype, decoder=flags.decoder)
     check_sampler(checkpoint, pipeline.model, SamplerConfig(flags.sampler, flags.steps or 0))
@@ -95,9 +87,7 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--checkpoint", type=Path, required=True, metavar="RUN", help="a run, a checkpoint in it, or an exported folder"
-    )
+    add_model_flags(parser)
     add(
         "--host",
         default="127.0.0.1",
@@ -115,7 +105,6 @@ def parse_flags() -> argparse.Namespace:
         help="as of ldgan/sample.py (default: ancestral)",
     )
     add("--steps", type=cli.positive, metavar="N", help="steps, such as 50 for a DDPM run with ddim (default: all)")
-    add_decoder_flag(parser)
     add_precision_flag(parser)
     return parser.parse_args()
 

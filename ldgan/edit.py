@@ -18,8 +18,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from autoencoder.inference.light_decoder import add_decoder_flag
-from data_prep.images import read_picture
 from data_prep.sources import IMAGE_SUFFIXES
 from ldgan.engine import cli
 from ldgan.engine.files import new_folder, writing_to
@@ -28,8 +26,8 @@ from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import add_precision_flag, make_accelerator
 from ldgan.engine.shares import batches
 from ldgan.inference import editing
-from ldgan.inference.jobs import Job, add_sampler_flags, job_of
-from ldgan.inference.pictures import MASKED, to_images, to_masks
+from ldgan.inference.jobs import Job, add_model_flags, add_sampler_flags, job_of
+from ldgan.inference.pictures import MASKED, open_masks, open_pictures, to_images, to_masks
 
 GRID_FILE, MAX_GRID_ROWS = "grid.png", 16
 ALPHA = "alpha"  # in place of a mask: the image's own transparency
@@ -214,36 +212,25 @@ def _is_image(path: Path) -> bool:
 
 def read_input(path: Path, resolution: int, mask: str | None) -> Input:
     """One picture; says so if it is not of the model's size."""
-    image = read_image(path)
-    size = image.size
-    marked = read_mask(mask, path, size) if mask is not None else Image.new("L", size)
-    if size != (resolution, resolution):
-        print(f"{path}: {size[0]} x {size[1]} pixels, scaled and cropped to {resolution} x {resolution}")
+    (image,) = open_pictures(path)
+    width, height = image.size
+    marked = read_mask(mask, path, image) if mask is not None else Image.new("L", image.size)
+    if image.size != (resolution, resolution):
+        print(f"{path}: {width} x {height} pixels, scaled and cropped to {resolution} x {resolution}")
     pixels, where = to_images([image], resolution)[0], to_masks([marked], resolution)[0]
     if mask is not None and not bool(where.any()):
-        raise cli.UserError(f"--mask {mask}: marks nothing of {path}; paint white what is to be made anew")
+        raise cli.UserError(f"{mask}: marks nothing of {path}; paint white what is to be made anew", parameter="mask")
     return Input(path.stem, pixels, where)
 
 
-def read_image(path: Path) -> Image.Image:
-    """A picture as RGB, or a UserError."""
-    try:
-        return read_picture(path).image
-    except Exception as error:  # Pillow raises nearly anything
-        raise cli.UserError(f"{path}: cannot be read ({error}); give a PNG or JPEG file, say") from error
-
-
-def read_mask(mask: str, path: Path, size: tuple[int, int]) -> Image.Image:
-    """The mask of the picture at ``path``, of (width, height) ``size``: grey, 255 where it is made anew and else 0."""
+def read_mask(mask: str, path: Path, image: Image.Image) -> Image.Image:
+    """The mask of the picture at ``path``: grey, 255 where it is made anew and else 0."""
     if mask == ALPHA:
         return _transparent(path)
-    marked = read_image(Path(mask)).convert("L")
-    if marked.size != size:
-        raise cli.UserError(
-            f"--mask {mask}: {marked.width} x {marked.height} pixels, but {path} has {size[0]} x {size[1]};"
-            " make them the same size"
-        )
-    return marked.point(lambda level: 255 * (level >= MASKED))
+    try:
+        return open_masks(mask, [image])[0]
+    except cli.UserError as error:
+        raise cli.UserError(f"{mask}: not for {path}: {error}", parameter="mask") from error
 
 
 def _transparent(path: Path) -> Image.Image:
@@ -252,7 +239,7 @@ def _transparent(path: Path) -> Image.Image:
         if opened.has_transparency_data:
             alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
             return alpha.point(lambda level: 255 * (level < MASKED))
-    raise cli.UserError(f"--mask {ALPHA}: {path} has no transparency; give a mask as a file")
+    raise cli.UserError(f"{ALPHA}: {path} has no transparency; give a mask as a file", parameter="mask")
 
 
 def parse_flags() -> argparse.Namespace:
@@ -261,8 +248,37 @@ def parse_flags() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add = _command(commands, "stroke", stroke, "a picture from a painting in rough strokes")
-    _add_image_flags(add)
+    for make, add_flags, summary in (
+        (stroke, add_stroke_flags, "a picture from a painting in rough strokes"),
+        (img2img, add_img2img_flags, "other versions of a picture"),
+        (inpaint, add_inpaint_flags, "fill a hole; all other pixels stay as they are"),
+        (outpaint, add_outpaint_flags, "go on beyond the edges"),
+        (interpolate, add_interpolate_flags, "from one sample to another"),
+        (mix, add_mix_flags, "samples with the z of others in the last steps"),
+    ):
+        command = commands.add_parser(make.__name__, help=summary, description=summary)
+        command.set_defaults(make=make)
+        add_flags(command.add_argument)
+        add_shared_flags(command)
+    return parser.parse_args()
+
+
+Add = Callable[..., Any]
+
+
+def add_shared_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of every command."""
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help=f"new folder for PNG files and {GRID_FILE}")
+    add("--batch-size", type=cli.positive, default=64, metavar="N", help="images per forward pass (default: 64)")
+    add_model_flags(parser)
+    add_precision_flag(parser)
+    add_sampler_flags(parser)
+
+
+def add_stroke_flags(add: Add) -> None:
+    """Those of ``stroke`` alone."""
+    add_image_flags(add)
     add(
         "--step",
         type=cli.positive,
@@ -270,8 +286,11 @@ def parse_flags() -> argparse.Namespace:
         help="step, of those that are sampled, to which noise is added: 1 keeps the most of the painting (default:"
         " half of the steps)",
     )
-    add = _command(commands, "img2img", img2img, "other versions of a picture")
-    _add_image_flags(add)
+
+
+def add_img2img_flags(add: Add) -> None:
+    """Those of ``img2img`` alone."""
+    add_image_flags(add)
     add(
         "--strength",
         type=float,
@@ -279,21 +298,30 @@ def parse_flags() -> argparse.Namespace:
         metavar="S",
         help="how far to go away from the picture: above 0, to 1, where nothing of it is left (default: 0.5)",
     )
-    add = _command(commands, "inpaint", inpaint, "fill a hole; all other pixels stay as they are")
-    _add_image_flags(add)
+
+
+def add_inpaint_flags(add: Add) -> None:
+    """Those of ``inpaint`` alone."""
+    add_image_flags(add)
     add(
         "--mask",
         required=True,
         metavar="FILE",
         help=f"picture of the image's size, white where it is made anew; or {ALPHA}: where the image is transparent",
     )
-    _add_resamples_flag(add)
-    add = _command(commands, "outpaint", outpaint, "go on beyond the edges")
-    _add_image_flags(add)
+    add_resamples_flag(add)
+
+
+def add_outpaint_flags(add: Add) -> None:
+    """Those of ``outpaint`` alone."""
+    add_image_flags(add)
     for side in ("left", "right", "top", "bottom"):
         add(f"--{side}", type=int, default=0, metavar="PIXELS", help="pixels to add there, 32, say (default: 0)")
-    _add_resamples_flag(add)
-    add = _command(commands, "interpolate", interpolate, "from one sample to another")
+    add_resamples_flag(add)
+
+
+def add_interpolate_flags(add: Add) -> None:
+    """Those of ``interpolate`` alone."""
     add("--seed", type=int, default=0, metavar="S", help="seed of the first sample (default: 0)")
     add("--to", type=int, required=True, metavar="S", help="seed of the last sample, 1, say")
     add(
@@ -311,7 +339,10 @@ def parse_flags() -> argparse.Namespace:
         help="what changes: the generator's z; x_T and the noise of the steps; or both, from sample to sample"
         " (default: both)",
     )
-    add = _command(commands, "mix", mix, "samples with the z of others in the last steps")
+
+
+def add_mix_flags(add: Add) -> None:
+    """Those of ``mix`` alone."""
     add("--seed", type=int, default=0, metavar="S", help="seed of the first image (default: 0)")
     add("--num-images", type=cli.positive, default=4, metavar="N", help="images to mix styles into (default: 4)")
     add("--style-seed", type=int, default=1000, metavar="S", help="seed of the first style (default: 1000)")
@@ -323,33 +354,10 @@ def parse_flags() -> argparse.Namespace:
         metavar="N",
         help="steps from this one down to 1 take the z of the style: 0, none, to the number of steps, all",
     )
-    return parser.parse_args()
 
 
-Add = Callable[..., Any]
-
-
-def _command(commands: Any, name: str, make: Callable[[Job, argparse.Namespace], Result], summary: str) -> Add:
-    """Add a subcommand with the flags that all have; how to add more."""
-    parser = commands.add_parser(name, help=summary, description=summary)
-    parser.set_defaults(make=make)
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a run of ldgan/train.py or ldgan/train_ddpm.py, or a checkpoint in it",
-    )
-    add("--out", type=Path, required=True, metavar="DIR", help=f"new folder for PNG files and {GRID_FILE}")
-    add("--batch-size", type=cli.positive, default=64, metavar="N", help="images per forward pass (default: 64)")
-    add_decoder_flag(parser)
-    add_precision_flag(parser)
-    add_sampler_flags(parser)
-    return add
-
-
-def _add_image_flags(add: Add) -> None:
+def add_image_flags(add: Add) -> None:
+    """Which pictures, and how many variants of each."""
     add(
         "--image",
         type=Path,
@@ -368,7 +376,8 @@ def _add_image_flags(add: Add) -> None:
     )
 
 
-def _add_resamples_flag(add: Add) -> None:
+def add_resamples_flag(add: Add) -> None:
+    """``--num-resamples`` of an inpainting."""
     add(
         "--num-resamples",
         type=cli.positive,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoder.inference.light_decoder import LightDecoder, add_decoder_flag
+from autoencoder.inference.light_decoder import LightDecoder
 from autoencoder.inference.text import Text
 from autoencoder.models.autoencoder import AutoencoderKL
 from ldgan.diffusion.samplers import SamplerConfig
@@ -25,7 +25,7 @@ from ldgan.engine import cli
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import new_folder, write_through
 from ldgan.engine.seeding import generator
-from ldgan.inference.jobs import open_model
+from ldgan.inference.jobs import add_model_flags, open_model
 from ldgan.inference.trained_model import TrainedModel
 
 GENERATOR, DECODER, PROCESS = "generator.onnx", "decoder.onnx", "process.json"
@@ -222,15 +222,8 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a run of ldgan/train.py or ldgan/train_ddpm.py, a checkpoint in it, or a folder of save_pretrained",
-    )
+    add_model_flags(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the files")
-    add_decoder_flag(parser)
     return parser.parse_args()
 
 

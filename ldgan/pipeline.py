@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,7 +25,7 @@ from ldgan.engine.run import resolve_checkpoint, run_of
 from ldgan.engine.shares import batches
 from ldgan.inference import editing
 from ldgan.inference.jobs import Job, check_sampler, class_names_of, labels_of, open_model
-from ldgan.inference.model_card import model_card
+from ldgan.inference.model_card import model_card, num_parameters
 from ldgan.inference.pictures import OUTPUTS, Masks, Output, Pictures, open_masks, open_pictures, to_images, to_masks
 from ldgan.inference.trained_model import AUTOENCODER_FOLDER, TEXT_ENCODER_FOLDER, WEIGHTS, TrainedModel
 from ldgan.models.conditions import Prompts
@@ -51,6 +52,16 @@ class Settings(TypedDict, total=False):
     batch_size: int
 
 
+class HubOptions(TypedDict, total=False):
+    """Which version of a model of the Hub, and how it is fetched; see `huggingface_hub.snapshot_download`."""
+
+    revision: str | None
+    cache_dir: str | os.PathLike[str] | None
+    force_download: bool
+    local_files_only: bool
+    token: str | bool | None
+
+
 class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
     """A trained model, a diffusion GAN or a DDPM, with all that it takes to make and edit images.
 
@@ -68,75 +79,76 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
         """Leave the mixin's out, which makes a config.json of the arguments and deep-copies the model for it."""
         return object.__new__(cls)
 
-    def __init__(self, model: TrainedModel, checkpoint: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: TrainedModel, checkpoint: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> None:
         """``checkpoint`` is the folder of the model's weights; in ``dtype``, if any, networks compute by autocast."""
         self.model = model
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self._description = read_description(checkpoint)
+        self._checkpoint, self._dtype = Path(checkpoint), dtype
+        self._description = read_description(self._checkpoint)
+
+    def __repr__(self) -> str:
+        model, size = self.model, f"{self.resolution}x{self.resolution}"
+        facts = [
+            self._description["kind"],
+            f"{num_parameters(model.network):,} parameters",
+            f"T = {self.num_steps}",
+            f"latents {'x'.join(map(str, model.data_shape))} of images {size}"
+            if model.autoencoder
+            else f"images {size}",
+            f"{len(self.class_names)} classes" if self.class_names else "",
+            "prompts" if self.has_text else "",
+            f"on {self.device}",
+        ]
+        return f"{type(self).__name__}({', '.join(filter(None, facts))})"
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         device: torch.device | str = "cpu",
         dtype: Literal["bf16", "fp16"] | None = None,
         compile: bool = False,
         decoder: Literal["full", "light"] = "full",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        **hub: Unpack[HubOptions],
     ) -> LatentDDGAN:
         """Load a run, one of its checkpoints, RUN/best, a folder of `save_pretrained`, or ORG/NAME from the Hub.
 
         ``dtype`` is the arithmetic of the networks by autocast, None fp32; weights stay fp32. ``compile`` hands network
         and decoder to torch.compile, which pays after minutes of sampling. ``decoder`` "light" takes the one of
-        autoencoder/distill.py. The rest concerns the Hub, which is asked only for an ORG/NAME that is no folder here
-        and fetches JSON, text and safetensors files alone.
+        autoencoder/distill.py. ``hub``, as of snapshot_download, concerns the Hub, which is asked only for an ORG/NAME
+        that is no folder here and fetches JSON, text and safetensors files alone.
 
         Raises:
-            UserError: there is no such model, it is damaged, or it has no light decoder.
+            UserError: there is no such model, it is damaged, or it has no light decoder; or there is no such device.
 
         >>> half = LatentDDGAN.from_pretrained("runs/mine/gan", dtype="bf16")
         """
         # Not the mixin's own: it looks for a config.json and takes RUN/best for a name on the Hub.
-        return cls._from_pretrained(
-            model_id=str(path),
-            revision=revision,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            device=device,
-            dtype=dtype,
-            compile=compile,
-            decoder=decoder,
-        )
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        device: torch.device | str = "cpu",
-        dtype: Literal["bf16", "fp16"] | None = None,
-        compile: bool = False,
-        decoder: Literal["full", "light"] = "full",
-        **hub: Any,
-    ) -> LatentDDGAN:
-        """The mixin's hook: fetch what is on the Hub, then load."""
-        number_format = one_of("dtype", dtype, DTYPES)
-        folder = download(model_id, **hub) if only_on_the_hub(model_id) else Path(model_id)
-        checkpoint = resolve_checkpoint(folder)
-        model = open_model(checkpoint, SamplerConfig(), device, decoder)
+        number_format, name = one_of("dtype", dtype, DTYPES), os.fspath(path)
+        checkpoint = resolve_checkpoint(download(name, **hub) if only_on_the_hub(name) else Path(name))
+        model = open_model(checkpoint, SamplerConfig(), usable_device(device), decoder)
         if compile:
             compile_networks(model)
         return cls(model, checkpoint, number_format)
 
+    def to(self, device: torch.device | str) -> LatentDDGAN:
+        """Move all networks to a device; returns the pipeline itself. For arithmetic see `from_pretrained`.
+
+        Raises:
+            UserError: there is no such device.
+
+        >>> pipeline.to("cpu").device
+        device(type='cpu')
+        """
+        if isinstance(device, torch.dtype):
+            raise UserError("moves to a device; weights stay fp32, and from_pretrained takes a dtype", parameter="to")
+        self.model.to(usable_device(device))
+        return self
+
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: None = None
+        self, save_directory: str | os.PathLike[str], *, config: None = None, model_card_kwargs: None = None
     ) -> None:
         """Write one folder that holds all of the model: `from_pretrained` and every command take it as they take a run.
 
@@ -248,6 +260,8 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
         )
         return self.decode(x_0, output=output, batch_size=batch_size)
 
+    __call__ = sample
+
     def sample_latents(self, num_images: int, callback: Callback | None = None, **settings: Unpack[Settings]) -> Tensor:
         """What `sample` decodes: standardised latents or, of a model on pixels, images in about [-1, 1].
 
@@ -275,9 +289,9 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
     def encode(self, images: Pictures, *, batch_size: int = 64) -> Tensor:
         """Standardised latents, the posterior's means, of images; of a model on pixels, the images in [-1, 1].
 
-        ``images`` are PIL images, paths, uint8 arrays (H, W, 3) or (B, H, W, 3), uint8 tensors (3, H, W) or
-        (B, 3, H, W), or a list of these. Those of another size than the model's are scaled and cropped to squares, as
-        for training. The latents are fp32 (B, C, s, s), on the model's device.
+        ``images`` are PIL images, paths, arrays (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), or a list
+        of these; arrays and tensors hold uint8 in 0..255 or floats in 0..1. Those of another size than the model's are
+        scaled and cropped to squares, as for training. The latents are fp32 (B, C, s, s), on the model's device.
 
         Raises:
             UserError: something is no image, or cannot be read.
@@ -337,10 +351,10 @@ class LatentDDGAN(ModelHubMixin, library_name="ldgan"):
     ) -> Any:
         """Make the masked part of images anew, to fit the rest, whose pixels stay as they are (at the model's size).
 
-        ``masks`` are PIL images or paths (new where they have 128 or more of 255), or bool or uint8 arrays or tensors
-        (H, W) or (B, H, W), or a list of these: one for each image, of its size, or one for all. They are scaled and
-        cropped with their images. Each step is done ``num_resamples`` times, which fits both parts to each other
-        (RePaint, Lugmayr et al., arXiv 2201.09865). The rest is as of `edit`.
+        ``masks`` are PIL images or paths (new where they have 128 or more of 255), or arrays or tensors (H, W) or
+        (B, H, W) of bool, uint8 (not 0) or floats in 0..1 (more than half), or a list of these: one for each image, of
+        its size, or one for all. They are scaled and cropped with their images. Each step is done ``num_resamples``
+        times, which fits both parts to each other (RePaint, Lugmayr et al., arXiv 2201.09865). Else it is as `edit`.
 
         Raises:
             UserError: as of `sample` and `encode`; a mask has another size than its image; the numbers do not fit.
@@ -511,6 +525,15 @@ def one_of(name: str, value: Any, possible: Any) -> Any:
     if value not in possible:
         raise UserError(f"{name} is {value!r}; choose one of {', '.join(map(repr, possible))}")
     return possible[value] if isinstance(possible, Mapping) else value
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device, if tensors can be made there; else a UserError."""
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # AssertionError: of a torch that was built without it
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{device} cannot be used ({reason}); choose cpu, say", parameter="device") from error
 
 
 def only_on_the_hub(name: str) -> bool:

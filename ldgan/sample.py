@@ -18,13 +18,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.inference.latents import describe_latents, pack_caption, pack_moments
-from autoencoder.inference.light_decoder import add_decoder_flag
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
 from ldgan.engine.files import BackgroundWrites, new_folder, temporary_name
 from ldgan.engine.images import enlarge, image_grid, load_png, save_png
 from ldgan.engine.session import add_precision_flag, make_accelerator
-from ldgan.inference.jobs import Job, add_sampler_flags, class_names_of, generate, generate_images, job_of
+from ldgan.inference.jobs import (
+    Job,
+    add_model_flags,
+    add_sampler_flags,
+    class_names_of,
+    generate,
+    generate_images,
+    job_of,
+)
 
 GRID_FILE, MAX_GRID_IMAGES = "grid.png", 64
 STEPS_FILE, MAX_STEPS_ROWS, MAX_STEPS_COLUMNS = "steps.png", 8, 10
@@ -133,13 +140,7 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="RUN",
-        help="a run of ldgan/train.py or ldgan/train_ddpm.py, or a checkpoint in it",
-    )
+    add_model_flags(parser)
     parser.add_argument("--num-images", type=cli.positive, required=True, metavar="N", help="how many images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for what is written")
     parser.add_argument(
@@ -154,7 +155,6 @@ def parse_flags() -> argparse.Namespace:
         action="store_true",
         help=f"also write {STEPS_FILE}: how the first images come about, the estimates of x_0 step by step",
     )
-    add_decoder_flag(parser)
     add_precision_flag(parser)
     add_sampler_flags(parser)
     return parser.parse_args()

@@ -24,12 +24,21 @@ class UserError(Exception):
 
     The message is one line that says what was wrong, where, and what to do. Commands print it without a
     traceback and exit with status 2. It may quote what a stranger wrote: line breaks become spaces, and codes that
-    would steer the terminal are spelt out, and what goes on for screens is cut.
+    would steer the terminal are spelt out, and what goes on for screens is cut. The ``parameter`` at fault, if it is
+    one, stands before it: by its name in Python, as the command's flag in `as_of_command`.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, parameter: str | None = None) -> None:
+        self.parameter = parameter
         shown = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]}..."
         super().__init__("".join(map(_printable, shown)))
+
+    def __str__(self) -> str:
+        return f"{self.parameter}: {self.args[0]}" if self.parameter else self.args[0]
+
+    def as_of_command(self) -> str:
+        """The message to who has typed flags."""
+        return f"--{self.parameter.replace('_', '-')}: {self.args[0]}" if self.parameter else self.args[0]
 
 
 def _printable(character: str) -> str:
@@ -54,7 +63,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        _fail(str(error), status=2)
+        _fail(error.as_of_command(), status=2)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
     except OSError as error:

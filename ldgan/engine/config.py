@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from ldgan.engine.cli import UserError
+from ldgan.engine.shipped import find_config
 
 __all__ = [
     "MISSING",
@@ -65,6 +66,8 @@ def option(default: Any, help: str) -> Any:
 def load_config(schema: type[T], yaml_path: Path | None, overrides: Sequence[str]) -> T:
     """Return ``schema`` with the settings of a YAML file, then those of ``section.key=value`` strings.
 
+    A config that comes with the code goes by its name as well, see `find_config`.
+
     If ``schema`` has a method ``validate``, it is called on the result and may raise `UserError` itself.
 
     Raises:
@@ -73,7 +76,7 @@ def load_config(schema: type[T], yaml_path: Path | None, overrides: Sequence[str
     """
     config = OmegaConf.structured(schema)
     if yaml_path is not None:
-        _assign(config, schema, read_yaml(yaml_path), str(yaml_path))
+        _assign(config, schema, read_yaml(find_config(yaml_path)), str(yaml_path))
     for override in overrides:
         _assign(config, schema, _read_override(override), COMMAND_LINE)
     return _finish(config, schema)

@@ -1,8 +1,7 @@
 """Editing with a trained model: strokes, images, holes, margins, and the ways between samples.
 
 Every function takes a model and tensors, and makes row i of its result from seed i, the same whatever the batch.
-Images are uint8 (B, 3, H, W) on the CPU, of the model's resolution unless told otherwise. ``labels``, ``sampler`` and
-``text`` are as of `TrainedModel.sample`, with a label and a text for each row of the result.
+Images are uint8 (B, 3, H, W) on the CPU, of the model's resolution unless told otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,34 @@ from ldgan.engine.images import from_uint8
 from ldgan.engine.seeding import noise_from_seeds
 from ldgan.inference.trained_model import TrainedModel
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 DEFAULT_RESAMPLES = 5  # how often commands take each step of an inpainting, unless told otherwise
 SAMPLE_STREAM = "sample"  # of `TrainedModel.sample`: an edit that begins at pure noise is the sample of its seed
 
 Along = Literal["z", "x_T", "both"]
 """What changes from one end of an interpolation to the other."""
+
+
+class How(TypedDict, total=False):
+    """What is shown, and how it is sampled, as of `TrainedModel.sample`: a label and a text for each row."""
+
+    labels: Sequence[int] | None
+    sampler: SamplerConfig | None
+    text: Text | None
+
+
+class Wanted(NamedTuple):
+    """The same with all that was left out."""
+
+    labels: Tensor | None
+    sampler: SamplerConfig
+    text: Text | None
+
+
+def _read(how: How, model: TrainedModel, seeds: Sequence[int]) -> Wanted:
+    return Wanted(model.labels(seeds, how.get("labels")), how.get("sampler") or SamplerConfig(), how.get("text"))
 
 
 @torch.no_grad()
@@ -64,9 +86,7 @@ def edit(
     seeds: Sequence[int],
     *,
     step: int,
-    labels: Sequence[int] | None = None,
-    sampler: SamplerConfig | None = None,
-    text: Text | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """Noise images to step t, then denoise them: uint8 (B, 3, H, W).
 
@@ -77,15 +97,14 @@ def edit(
     Raises:
         UserError: ``step`` is not among the sampler's, or the images are not of the model's resolution.
     """
-    sampler, noise = sampler or SamplerConfig(), noise_from_seeds(seeds, SAMPLE_STREAM, model.device)
-    chosen = model.labels(seeds, labels)
-    diffusion = model.process(noise, chosen, sampler, text).diffusion
+    noise, (labels, sampler, text) = noise_from_seeds(seeds, SAMPLE_STREAM, model.device), _read(how, model, seeds)
+    diffusion = model.process(noise, labels, sampler, text).diffusion
     if not 1 <= step <= diffusion.num_steps:
         raise UserError(f"step {step}: the model is sampled in {diffusion.num_steps}; choose 1 to that many")
     x_0 = encode_images(model, images)
     t = torch.full((len(x_0),), step, device=x_0.device)
     start = Start(step, diffusion.diffuse(x_0, t, noise(model.data_shape)))
-    return model.decode(model.run(noise, noise, chosen, sampler, text=text, start=start))
+    return model.decode(model.run(noise, noise, labels, sampler, text=text, start=start))
 
 
 def inpaint(
@@ -95,10 +114,8 @@ def inpaint(
     seeds: Sequence[int],
     *,
     num_resamples: int,
-    labels: Sequence[int] | None = None,
-    sampler: SamplerConfig | None = None,
-    text: Text | None = None,
     callback: Callback | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """Make what ``masks``, bool (B, 1, H, W), mark anew, fitting the rest, which comes back pixel by pixel.
 
@@ -108,19 +125,16 @@ def inpaint(
         UserError: a size is not the model's, or ``num_resamples`` is below 1.
     """
     noise = noise_from_seeds(seeds, SAMPLE_STREAM, model.device)
-    fill = partial(_fill, model, sampler or SamplerConfig(), model.labels(seeds, labels), text, num_resamples)
-    return fill(images, masks, noise, callback)
+    return _fill(model, images, masks, noise, num_resamples, _read(how, model, seeds), callback)
 
 
 def _fill(
     model: TrainedModel,
-    sampler: SamplerConfig,
-    labels: Tensor | None,
-    text: Text | None,
-    num_resamples: int,
     images: Tensor,
     masks: Tensor,
     noise: Noise,
+    num_resamples: int,
+    wanted: Wanted,
     callback: Callback | None = None,
 ) -> Tensor:
     """`inpaint`, from a source of noise."""
@@ -128,6 +142,7 @@ def _fill(
         raise UserError(f"{num_resamples} resamples; choose 1, which is none, or more")
     _check_masks(images, masks)
     known = encode_images(model, grown(images, ~masks))
+    labels, sampler, text = wanted
     process = model.process(noise, labels, sampler, text)
     mask = latent_mask(masks, model.resolution // model.data_shape[1]).to(known.device)
     denoiser = repaint(process.steps(sampler), process.diffusion, known, mask, noise, num_resamples)
@@ -205,9 +220,7 @@ def outpaint(
     top: int = 0,
     bottom: int = 0,
     num_resamples: int,
-    labels: Sequence[int] | None = None,
-    sampler: SamplerConfig | None = None,
-    text: Text | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """Add so many pixels at each side: uint8 (B, 3, top + H + bottom, left + W + right), the given ones unchanged.
 
@@ -227,12 +240,12 @@ def outpaint(
         raise UserError(f"images of {width} x {height} pixels; the model needs {side} x {side} or more to go on from")
     canvas = F.pad(images, margins)
     unknown = F.pad(torch.zeros(len(images), 1, height, width, dtype=torch.bool), margins, value=True)
-    fill = partial(_fill, model, sampler or SamplerConfig(), model.labels(seeds, labels), text, num_resamples)
+    wanted = _read(how, model, seeds)
     columns, rows = (left, left + width), (top, top + height)
     for number, (y, x) in enumerate(windows(columns, rows, canvas.shape[-1], canvas.shape[-2], side)):
         window = (..., slice(y, y + side), slice(x, x + side))
         noise = noise_from_seeds(seeds, f"window {number}", model.device)
-        canvas[window] = fill(canvas[window], unknown[window], noise)
+        canvas[window] = _fill(model, canvas[window], unknown[window], noise, num_resamples, wanted)
         unknown[window] = False
     return canvas
 
@@ -273,9 +286,7 @@ def interpolate(
     num_frames: int,
     *,
     along: Along,
-    labels: Sequence[int] | None = None,
-    sampler: SamplerConfig | None = None,
-    text: Text | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """Images on the way from one seed's sample to another's, uint8 (num_frames, 3, H, W), by `slerp` of their noise.
 
@@ -295,8 +306,8 @@ def interpolate(
     moving, staying = partial(slerp, fractions=fractions), partial(slerp, fractions=torch.zeros_like(fractions))
     z_noise = together(a, b, staying if along == "x_T" else moving)
     x_noise = together(a, b, staying if along == "z" else moving)
-    chosen = model.labels([seed_a] * num_frames, labels)
-    return model.decode(model.run(z_noise, x_noise, chosen, sampler or SamplerConfig(), text=text))
+    labels, sampler, text = _read(how, model, [seed_a] * num_frames)
+    return model.decode(model.run(z_noise, x_noise, labels, sampler, text=text))
 
 
 def mix_styles(
@@ -305,9 +316,7 @@ def mix_styles(
     style_seeds: Sequence[int],
     *,
     switch_step: int,
-    labels: Sequence[int] | None = None,
-    sampler: SamplerConfig | None = None,
-    text: Text | None = None,
+    **how: Unpack[How],
 ) -> Tensor:
     """Samples of ``seeds`` with the z of ``style_seeds`` at the steps t <= ``switch_step``: uint8 (B, 3, H, W).
 
@@ -319,7 +328,7 @@ def mix_styles(
         UserError: the model has no z, or no such step.
     """
     _check_z(model)
-    sampler = sampler or SamplerConfig()
+    labels, sampler, text = _read(how, model, seeds)
     num_steps = sampler.num_steps or model.diffusion.num_steps
     if not 0 <= switch_step <= num_steps:
         raise UserError(f"switch_step {switch_step}: the model is sampled in {num_steps} steps; choose 0 to that many")
@@ -327,7 +336,7 @@ def mix_styles(
     steps = itertools.count(num_steps, -1)  # z is drawn once a step
     z_noise = together(own, style, lambda a, b: b if next(steps) <= switch_step else a)
     x_noise = together(own, style, lambda a, b: a)
-    return model.decode(model.run(z_noise, x_noise, model.labels(seeds, labels), sampler, text=text))
+    return model.decode(model.run(z_noise, x_noise, labels, sampler, text=text))
 
 
 def together(first: Noise, second: Noise, combine: Callable[[Tensor, Tensor], Tensor]) -> Noise:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from autoencoder.inference.light_decoder import add_decoder_flag
 from autoencoder.inference.text import Text
 from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine import cli
@@ -50,7 +52,7 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.sampler.guidance_scale != 1 and not self.model.class_names and self.prompts is None:
-            raise cli.UserError("guidance steers towards prompts; give --prompt or --prompts, or leave --guidance out")
+            raise cli.UserError("steers towards prompts; give some, or leave it out", parameter="guidance")
 
     def sample(self, numbers: Sequence[int], callback: Callback | None = None) -> Tensor:
         """Samples of x_0, (B, C, s, s), of the images with these numbers."""
@@ -86,13 +88,20 @@ class Job:
 
 
 def job_of(flags: argparse.Namespace, device: torch.device) -> Job:
-    """What a command's flags ask for: ``--checkpoint``, ``--num-images``, ``--seed``, ``--batch-size``,
-    ``--decoder`` and those of `add_sampler_flags`.
+    """What a command's flags ask for: ``--num-images``, ``--seed``, ``--batch-size`` and those of
+    `add_model_flags` and `add_sampler_flags`.
     """
     sampler = sampler_of(flags)
     model = open_model(flags.checkpoint, sampler, device, flags.decoder)
     labels, prompts = labels_of(flags.labels, model), prompts_of(flags, model)
     return Job(model, sampler, labels, flags.num_images, flags.seed, flags.batch_size, prompts)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint`` and ``--decoder``: the trained model, and which decoder turns its latents into images."""
+    known = "a run of ldgan/train.py or ldgan/train_ddpm.py, a checkpoint in it, or a folder of save_pretrained"
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help=known)
+    add_decoder_flag(parser)
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +172,7 @@ def sampler_of(flags: argparse.Namespace) -> SamplerConfig:
 
 
 def open_model(
-    checkpoint: Path,
+    checkpoint: str | os.PathLike[str],
     sampler: SamplerConfig,
     device: torch.device | str = "cpu",
     decoder: Literal["full", "light"] = "full",
@@ -173,12 +182,12 @@ def open_model(
     Raises:
         UserError: see `load_model`; or the model cannot be sampled this way.
     """
-    model = load_model(checkpoint, device, decoder, Path(sampler.classifier) if sampler.classifier else None)
+    model = load_model(checkpoint, device, decoder, sampler.classifier)
     check_sampler(checkpoint, model, sampler)
     return model
 
 
-def check_sampler(checkpoint: Path, model: TrainedModel, sampler: SamplerConfig) -> None:
+def check_sampler(checkpoint: str | os.PathLike[str], model: TrainedModel, sampler: SamplerConfig) -> None:
     """Raise a UserError if the model of ``checkpoint`` cannot be sampled this way."""
     if sampler.guidance_scale != 1:
         _check_guidance(checkpoint, model)
@@ -186,35 +195,38 @@ def check_sampler(checkpoint: Path, model: TrainedModel, sampler: SamplerConfig)
     num_steps = sampler.num_steps or all_steps
     if num_steps > all_steps:
         raise cli.UserError(
-            f"{checkpoint}: has {all_steps} steps, and {num_steps} are asked; give --steps 1 to {all_steps}"
+            f"{checkpoint}: has {all_steps} steps, and {num_steps} are asked; give 1 to {all_steps}", parameter="steps"
         )
     if model.predicts == "x_previous" and (sampler.method != "ancestral" or num_steps < all_steps):
-        raise cli.UserError(f"{checkpoint}: predicts x_{{t-1}} itself, step by step; leave out --sampler and --steps")
+        asked = "sampler" if sampler.method != "ancestral" else "steps"
+        raise cli.UserError(f"{checkpoint}: predicts x_{{t-1}} itself, step by step; leave it out", parameter=asked)
     # At t = 1 the posterior is a point.
     certain = model.predicts == "x_previous" or (num_steps == 1 and model.variance == "posterior")
     if model.classifier is not None and sampler.method == "ancestral" and certain:
-        raise cli.UserError(f"{checkpoint}: its steps have no variance for --classifier to act on; leave it out")
+        reason = f"{checkpoint}: its steps have no variance to act on; leave it out"
+        raise cli.UserError(reason, parameter="classifier")
 
 
-def _check_guidance(checkpoint: Path, model: TrainedModel) -> None:
+def _check_guidance(checkpoint: str | os.PathLike[str], model: TrainedModel) -> None:
     """Raise a UserError unless the model has learnt to do with labels and captions, and without."""
     if not model.class_names and model.text_encoder is None:
         raise cli.UserError(
-            f"{checkpoint}: was trained without classes and captions; leave out --guidance, or use --classifier"
+            f"{checkpoint}: was trained without classes and captions; leave it out, or use a classifier",
+            parameter="guidance",
         )
-    config = read_description(resolve_checkpoint(checkpoint))["config"]
+    config = read_description(resolve_checkpoint(Path(checkpoint)))["config"]
     for known, what, setting in (
         (bool(model.class_names), "labels", "label_dropout"),
         (model.text_encoder is not None, "captions", "caption_dropout"),
     ):
         if known and not config.get(setting):
             raise cli.UserError(
-                f"{checkpoint}: cannot do without {what}, as --guidance needs; train with {setting}=0.1"
+                f"{checkpoint}: cannot do without {what}, as it has to; train with {setting}=0.1", parameter="guidance"
             )
 
 
 def labels_of(text: str | None, model: TrainedModel) -> list[int] | None:
-    """The labels that ``--labels`` names, None where it is not given.
+    """The labels that a list like ``3,7,100-199`` or ``cat,dog`` names, None where it is not given.
 
     Raises:
         UserError: the model knows no classes or no such class, or it has a classifier and would need labels.
@@ -222,10 +234,11 @@ def labels_of(text: str | None, model: TrainedModel) -> list[int] | None:
     names = class_names_of(model)
     if text is None:
         if names and not model.class_names:
-            raise cli.UserError(f"--classifier guides to labels; give --labels, such as --labels 0-{len(names) - 1}")
+            raise cli.UserError(f"a classifier guides to them; give some of 0 to {len(names) - 1}", parameter="labels")
         return None
     if not names:
-        raise cli.UserError("--labels: the model was trained without classes; leave it out, or add --classifier RUN")
+        reason = "the model was trained without classes; leave it out, or add a classifier"
+        raise cli.UserError(reason, parameter="labels")
     if text == "all" and "all" not in names:
         return list(range(len(names)))
     return [label for item in text.split(",") for label in _labels_of_item(item.strip(), names)]
@@ -241,10 +254,10 @@ def prompts_of(flags: argparse.Namespace, model: TrainedModel) -> Prompts | None
     return Prompts(prompts, model.encode_prompts(prompts)) if prompts is not None else None
 
 
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file, UTF-8, but for empty ones; a UserError if there is none, or no such file."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise cli.UserError(
@@ -271,7 +284,8 @@ def _labels_of_item(item: str, names: Sequence[str]) -> Sequence[int]:
         if first <= last < len(names):
             return range(first, last + 1)
     some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    raise cli.UserError(f"--labels: no class {item!r}; the model knows 0 to {len(names) - 1}, or by name: {some}")
+    known = f"the model knows 0 to {len(names) - 1}, or by name: {some}"
+    raise cli.UserError(f"no class {item!r}; {known}", parameter="labels")
 
 
 def generate(accelerator: Accelerator, job: Job) -> Iterator[tuple[range, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,13 @@ from data_prep.images import read_picture, resize_and_crop
 from ldgan.engine.cli import UserError
 
 Pictures = Any
-"""Images: PIL images, paths of files, uint8 arrays (H, W, 3) or (B, H, W, 3), uint8 tensors (3, H, W) or
-(B, 3, H, W), or a sequence of these."""
+"""Images: PIL images, paths of files, arrays (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), or a
+sequence of these. Arrays and tensors hold uint8 in 0..255 or floats in 0..1."""
 
 Masks = Any
-"""Masks, which say where something new is made: PIL images and files (where they have 128 or more of 255), bool or
-uint8 (not 0) arrays and tensors (H, W) or (B, H, W), tensors also (B, 1, H, W), or a sequence of these."""
+"""Masks, which say where something new is made: PIL images and files (where they have 128 or more of 255), arrays and
+tensors of bool, uint8 (not 0) or floats (more than half of 0..1), (H, W) or (B, H, W), tensors also (B, 1, H, W), or a
+sequence of these."""
 
 Output = Literal["pil", "numpy", "tensor"]
 """What images come as: a list of PIL images, a uint8 array (B, H, W, 3), or a uint8 tensor (B, 3, H, W) on the CPU."""
@@ -89,10 +91,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 OUTPUTS: Mapping[str, Callable[[Tensor], Any]] = {"pil": to_pil, "numpy": to_arrays, "tensor": lambda images: images}
 
 _POSSIBLE = (
-    "PIL images, paths, uint8 arrays (H, W, 3) or (B, H, W, 3), or uint8 tensors (3, H, W) or (B, 3, H, W), or a list"
-    " of these"
+    "PIL images, paths, uint8 arrays (H, W, 3) or (B, H, W, 3), or uint8 tensors (3, H, W) or (B, 3, H, W), the same of"
+    " floats in 0..1, or a list of these"
 )
-_POSSIBLE_MASKS = "PIL images, paths, or bool or uint8 arrays (H, W) or (B, H, W), or a list of these"
+_POSSIBLE_MASKS = (
+    "PIL images, paths, or arrays of bool, uint8 or floats in 0..1, (H, W) or (B, H, W), or a list of these"
+)
 
 
 def _items(given: Any) -> Iterator[Any]:
@@ -101,27 +105,51 @@ def _items(given: Any) -> Iterator[Any]:
 
 
 def _pictures_of(item: Any) -> list[Image.Image]:
-    if isinstance(item, (str, Path)):
+    if isinstance(item, (str, os.PathLike)):
         return [_read(Path(item))]
     if isinstance(item, Image.Image):
         return [_to_rgb(item)]
-    array = item.detach().cpu().movedim(-3, -1).numpy() if isinstance(item, Tensor) and item.ndim >= 3 else item
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3:
+    array = _array_of(item.movedim(-3, -1) if isinstance(item, Tensor) and item.ndim >= 3 else item)
+    levels = _to_levels(array) if array is not None and array.dtype != np.bool_ else None
+    if levels is None or levels.ndim not in (3, 4) or levels.shape[-1] != 3:
         raise UserError(f"no images: {_describe(item)}; give {_POSSIBLE}")
-    return [Image.fromarray(np.ascontiguousarray(each)) for each in (array if array.ndim == 4 else array[None])]
+    return [Image.fromarray(np.ascontiguousarray(each)) for each in (levels if levels.ndim == 4 else levels[None])]
 
 
 def _masks_of(item: Any) -> list[Image.Image]:
-    if isinstance(item, (str, Path)):
+    if isinstance(item, (str, os.PathLike)):
         item = _read(Path(item))
     if isinstance(item, Image.Image):
-        return [_to_rgb(item).convert("L").point(lambda level: 255 * (level >= MASKED))]
-    array = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
-    if isinstance(item, Tensor) and item.ndim == 4 and item.shape[1] == 1:
-        array = array[:, 0]
-    if not isinstance(array, np.ndarray) or array.dtype not in (np.uint8, np.bool_) or array.ndim not in (2, 3):
+        return [_marked(np.asarray(_to_rgb(item).convert("L")))]
+    array = _array_of(item[:, 0] if isinstance(item, Tensor) and item.ndim == 4 and item.shape[1] == 1 else item)
+    levels = _to_levels(array) if array is not None else None
+    if array is None or levels is None or levels.ndim not in (2, 3):
         raise UserError(f"no masks: {_describe(item)}; give {_POSSIBLE_MASKS}")
-    return [Image.fromarray(np.uint8(255) * (each != 0)) for each in (array if array.ndim == 3 else array[None])]
+    least = MASKED if array.dtype.kind == "f" else 1
+    return [_marked(each, least) for each in (levels if levels.ndim == 3 else levels[None])]
+
+
+def _marked(levels: np.ndarray, least: int = MASKED) -> Image.Image:
+    return Image.fromarray(np.uint8(255) * (levels >= least))
+
+
+def _array_of(item: Any) -> np.ndarray | None:
+    """An array or a tensor as array; None of anything else."""
+    if isinstance(item, Tensor):
+        item = item.detach().cpu()
+        return (item.float() if item.is_floating_point() else item).numpy()  # numpy has no bfloat16
+    return item if isinstance(item, np.ndarray) else None
+
+
+def _to_levels(array: np.ndarray) -> np.ndarray | None:
+    """Grey levels of uint8 and bool, as they are, and of floats in 0..1; None for numbers of other kinds."""
+    if array.dtype.kind != "f":
+        return array.astype(np.uint8) if array.dtype in (np.uint8, np.bool_) else None
+    if not ((array >= 0) & (array <= 1)).all():  # NaN too
+        raise UserError(
+            f"floats from {array.min():g} to {array.max():g}; give them in 0..1, from black to white, or uint8"
+        )
+    return np.rint(255 * array.astype(np.float64)).astype(np.uint8)
 
 
 def _read(path: Path) -> Image.Image:
@@ -135,6 +163,10 @@ def _read(path: Path) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB by the rules of files: transparent pixels on white, 16 bits scaled to 8."""
+    if image.mode == "F":
+        levels = _to_levels(np.asarray(image))
+        assert levels is not None
+        image = Image.fromarray(levels)
     if image.mode in ("RGB", "L"):
         return image.convert("RGB")
     buffer = io.BytesIO()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,14 @@ class TrainedModel:
 
         return denoise
 
+    def to(self, device: torch.device | str) -> TrainedModel:
+        """Move all networks there; returns the model itself."""
+        for network in (self.network, self.autoencoder, self.light_decoder, self.classifier):
+            if network is not None:
+                network.to(device)
+        self.__dict__.pop("_text_encoder", None)  # to be opened there when it is next needed
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -220,10 +229,10 @@ class TrainedModel:
 
 
 def load_model(
-    path: Path,
+    path: str | os.PathLike[str],
     device: torch.device | str = "cpu",
     decoder: Literal["full", "light"] = "full",
-    classifier: Path | None = None,
+    classifier: str | os.PathLike[str] | None = None,
 ) -> TrainedModel:
     """Load a run of ldgan/train.py or ldgan/train_ddpm.py, at its latest checkpoint, or one of its checkpoints.
 
@@ -234,7 +243,7 @@ def load_model(
         UserError: ``path`` is neither, or is damaged, or the run's copy of the autoencoder is missing, or it has
             no light decoder, or the classifier does not belong to this model.
     """
-    folder = resolve_checkpoint(path)
+    folder = resolve_checkpoint(Path(path))
     description = read_description(folder)
     kind = description.get("kind")
     if kind not in tuple(WEIGHTS):  # compared, not hashed: it may be anything that JSON can hold
@@ -242,8 +251,9 @@ def load_model(
             f"{path}: holds an {kind}, not a {GAN} or {DDPM}; give a run of ldgan/train.py or ldgan/train_ddpm.py"
         )
     config, data = field(folder, description, "config", dict), DataDescription.of(folder, description)
-    text = TextDescription.of(folder, description)
-    process = ProcessDescription.of(config, str(folder))
+    process, text = ProcessDescription.of(config, str(folder)), TextDescription.of(folder, description)
+    if decoder == "light" and not process.latent:
+        raise UserError(f"{path}: works on pixels and has no decoder; leave it out", parameter="decoder")
     diffusion = process_of(config, str(folder))
     numbers = read_numbers(UNetConfig, folder, config, NETWORK[kind])
     network = load_network(
@@ -257,29 +267,28 @@ def load_model(
             learned_variance=process.variance == "learned",
         ),
     )
-    autoencoder = light_decoder = None
-    if process.latent:
-        autoencoder_folder = run_of(folder) / AUTOENCODER_FOLDER
-        autoencoder = load_autoencoder(autoencoder_folder, device)
-        light_decoder = load_light_decoder(autoencoder_folder, device) if decoder == "light" else None
-        if autoencoder.latent_shape(data.resolution) != data.shape:
-            raise UserError(f"{autoencoder_folder}: its latents have another shape than the model's; use another run")
-    elif decoder == "light":
-        raise UserError(f"{path}: works on pixels and has no decoder; leave out --decoder light")
-    guide = load_classifier(classifier, device, diffusion, description) if classifier is not None else None
-    return TrainedModel(
-        network.to(device).eval().requires_grad_(False),
+    model = TrainedModel(
+        network.eval().requires_grad_(False),
         diffusion,
-        autoencoder,
+        autoencoder_of(run_of(folder), data) if process.latent else None,
         data.shape,
         data.resolution,
         predicts=process.predicts,
         variance=process.variance,
         class_names=data.class_names,
-        light_decoder=light_decoder,
-        classifier=guide,
+        light_decoder=load_light_decoder(run_of(folder) / AUTOENCODER_FOLDER, "cpu") if decoder == "light" else None,
+        classifier=load_classifier(Path(classifier), "cpu", diffusion, description) if classifier is not None else None,
         text_encoder=text_encoder_of(run_of(folder), text),
     )
+    return model.to(device)
+
+
+def autoencoder_of(run: Path, data: DataDescription) -> AutoencoderKL:
+    """The run's copy of the autoencoder; a UserError if its latents are not those of the data."""
+    autoencoder = load_autoencoder(run / AUTOENCODER_FOLDER, "cpu")
+    if autoencoder.latent_shape(data.resolution) != data.shape:
+        raise UserError(f"{run / AUTOENCODER_FOLDER}: its latents have another shape than the model's; use another run")
+    return autoencoder
 
 
 def text_encoder_of(run: Path, text: TextDescription | None) -> TextEncoderSource | None:

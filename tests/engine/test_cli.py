@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import pickle
 
 import pytest
 
@@ -63,3 +64,14 @@ def test_an_installed_script_exits_as_the_file_does(capsys) -> None:
         cli.command(failing_with(cli.UserError("data: not there; make it")))()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: data: not there; make it\n"
+
+
+def test_a_parameter_is_named_as_in_python_and_as_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    error = cli.UserError("no such class\n'{cow}'", parameter="num_images")
+    for same in (error, pickle.loads(pickle.dumps(error))):  # as it comes back from a worker
+        assert str(same) == "num_images: no such class '{cow}'"
+        assert same.as_of_command() == "--num-images: no such class '{cow}'"
+    assert str(cli.UserError("plain")) == cli.UserError("plain").as_of_command() == "plain"
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(failing_with(error))
+    assert capsys.readouterr().err == "error: --num-images: no such class '{cow}'\n"

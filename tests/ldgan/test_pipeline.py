@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerp
 from autoencoder.models.autoencoder import AutoencoderConfig
 from ldgan import LatentDDGAN
 from ldgan import pipeline as module
+from ldgan.diffusion.process import Diffusion
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
@@ -36,7 +40,7 @@ from ldgan.engine.run import Best, RunFolder
 from ldgan.inference import editing
 from ldgan.inference.pictures import open_masks, open_pictures, to_images, to_masks
 from ldgan.inference.trained_model import DDPM, GAN, NETWORK, TEXT_ENCODER_FOLDER, WEIGHTS, build_unet, load_model
-from ldgan.models.unet import UNetConfig
+from ldgan.models.unet import UNet, UNetConfig
 
 CLASSES = ["cat", "tench, Tinca tinca", "12"]
 LATENT, SIDE = (2, 4, 4), 8
@@ -108,8 +112,14 @@ def pictures(number: int, seed: int = 0, side: int = SIDE) -> Tensor:
 def test_the_package_does_not_import_the_pipeline_before_it_is_asked_for() -> None:
     code = "import sys, ldgan; assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert LatentDDGAN is module.LatentDDGAN
     import ldgan
+
+    offered = {"LatentDDGAN": module.LatentDDGAN, "Diffusion": Diffusion, "UNet": UNet}
+    assert {name: getattr(ldgan, name) for name in offered} == offered
+    assert {*ldgan.__all__} == {*offered, "__version__"} <= {*dir(ldgan)}
+    # Editors and type checkers read imports that never run: they have to be the same.
+    imported = re.findall(r"    from (\S+) import (\S+)", Path(ldgan.__file__).read_text())
+    assert {name: getattr(import_module(home), name) for home, name in imported} == offered
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ldgan.nothing
@@ -122,6 +132,62 @@ def test_samples_are_those_of_the_model(runs: Path, pipeline: LatentDDGAN) -> No
     assert torch.equal(pipeline.sample(3, seed=5, output="tensor"), model.decode(expected))
     assert (pipeline.num_steps, pipeline.resolution, pipeline.class_names, pipeline.has_text) == (4, 8, [], False)
     assert pipeline.device == torch.device("cpu")
+
+
+def test_a_pipeline_is_called_to_sample_and_says_what_it_is(
+    runs: Path, pipeline: LatentDDGAN, classes: LatentDDGAN
+) -> None:
+    called = pipeline(2, seed=5, output="tensor")
+    assert torch.equal(called, pipeline.sample(2, seed=5, output="tensor"))
+    size = sum(parameter.numel() for parameter in pipeline.model.network.parameters())
+    assert repr(pipeline) == (
+        f"LatentDDGAN(diffusion GAN, {size:,} parameters, T = 4, latents 2x4x4 of images 8x8, on cpu)"
+    )
+    assert "of images 8x8, 3 classes, on cpu)" in repr(classes)
+    assert "T = 4, images 8x8, on cpu)" in repr(LatentDDGAN.from_pretrained(runs / "pixels"))
+
+
+def test_a_pipeline_moves_whole(runs: Path) -> None:
+    light = LatentDDGAN.from_pretrained(runs / "plain", decoder="light")
+    assert light.to("meta") is light
+    model = light.model
+    tensors = [
+        tensor
+        for network in (model.network, model.autoencoder, model.light_decoder)
+        for tensor in (*network.parameters(), *network.buffers())
+    ]
+    assert {tensor.device.type for tensor in tensors} == {light.device.type} == {"meta"}
+    with pytest.raises(UserError, match="moves to a device; weights stay fp32"):
+        light.to(torch.float16)  # type: ignore[arg-type]
+    for make in (light.to, lambda device: LatentDDGAN.from_pretrained(runs / "plain", device=device)):
+        with pytest.raises(UserError, match=r"^device: abacus cannot be used"):
+            make("abacus")
+
+
+class SomePath(os.PathLike[str]):
+    """A path as of other libraries: neither str nor Path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_paths_are_whatever_names_one(tmp_path: Path, runs: Path, pipeline: LatentDDGAN) -> None:
+    image = pictures(1)
+    Image.fromarray(image[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    expected = pipeline.encode(image)
+    for kind in (str, Path, SomePath):
+        opened = LatentDDGAN.from_pretrained(kind(runs / "plain"))
+        assert torch.equal(opened.encode(kind(tmp_path / "a.png")), expected)
+        assert torch.equal(opened.encode([kind(tmp_path / "a.png")]), expected)
+        opened.save_pretrained(kind(tmp_path / kind.__name__))
+        assert load_model(kind(tmp_path / kind.__name__)).data_shape == LATENT
+    mask = SomePath(tmp_path / "a.png")
+    assert torch.equal(
+        pipeline.inpaint(image, mask, output="tensor"), pipeline.inpaint(image, mask.path, output="tensor")
+    )
 
 
 def test_outputs_hold_the_same_pixels(pipeline: LatentDDGAN) -> None:
@@ -273,6 +339,10 @@ def test_only_what_cannot_be_here_is_looked_for_on_the_hub(monkeypatch: pytest.M
             LatentDDGAN.from_pretrained(name)
 
 
+def open_tensor(given: Any) -> Tensor:
+    return to_images(open_pictures(given))
+
+
 def test_all_kinds_of_images_are_the_same_tensor(tmp_path: Path) -> None:
     images = pictures(2)
     arrays = images.permute(0, 2, 3, 1).numpy()
@@ -282,6 +352,14 @@ def test_all_kinds_of_images_are_the_same_tensor(tmp_path: Path) -> None:
         image.save(file)
     for given in (images, [*images], arrays, [*arrays], pil, files, [pil[0], arrays[1]], (images[:1], files[1])):
         assert torch.equal(to_images(open_pictures(given), SIDE), images)
+    for number in (np.float16, np.float32, np.float64):  # the nearest of 0..255
+        assert torch.equal(to_images(open_pictures((arrays / 255).astype(number)), SIDE), images)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert torch.equal(to_images(open_pictures(images.to(dtype) / 255), SIDE), images)
+    coarse = images // 64 * 64 / 256  # what bf16 holds exactly
+    assert torch.equal(open_tensor(coarse.bfloat16()), open_tensor(coarse))
+    grey = Image.fromarray(arrays[0, :, :, 0] / np.float32(255))  # of mode F
+    assert torch.equal(open_tensor(grey), images[:1, :1].expand(1, 3, -1, -1))
     transparent = Image.fromarray(np.zeros((4, 4, 4), dtype=np.uint8))  # RGBA
     assert (to_images(open_pictures(transparent)) == 255).all()  # on white, as in files
     wide = torch.cat([images, images], dim=3)  # of which the central square is kept
@@ -301,6 +379,8 @@ def test_all_kinds_of_masks_are_the_same_tensor(tmp_path: Path) -> None:
         mask[None, None],
         mask.numpy(),
         mask.byte(),
+        torch.where(mask, 0.51, 0.49),
+        torch.where(mask, 0.51, 0.49).numpy(),
         grey,
         tmp_path / "mask.png",
         [grey] * 2,
@@ -348,7 +428,7 @@ def test_edits_are_those_of_editing(classes: LatentDDGAN) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.sample(1, labels=["cow"]), "no class 'cow'; the model knows 0 to 2, or by name: cat"),
+        (lambda p: p.sample(1, labels=["cow"]), "labels: no class 'cow'; the model knows 0 to 2, or by name: cat"),
         (lambda p: p.sample(1, labels=[3]), "no class '3'; the model knows 0 to 2"),
         (lambda p: p.sample(1, labels=[]), "there are no labels; give one or more"),
         (lambda p: p.sample(1, prompts=["a cat"]), "sample it by labels"),
@@ -363,13 +443,19 @@ def test_edits_are_those_of_editing(classes: LatentDDGAN) -> None:
         (lambda p: p.edit(pictures(1), step=5), "5"),
         (lambda p: p.edit("absent.png", step=1), "absent.png: no such file"),
         (lambda p: p.edit(__file__, step=1), "cannot be read as an image"),
-        (lambda p: p.edit(torch.zeros(3, 8, 8), step=1), "Tensor of torch.float32, shape"),
+        (lambda p: p.edit(torch.zeros(3, 8, 8).int(), step=1), "Tensor of torch.int32, shape"),
+        (lambda p: p.edit(np.zeros((8, 8, 3), bool), step=1), "ndarray of bool, shape"),
+        (lambda p: p.edit(torch.full((3, 8, 8), 1.5), step=1), "floats from 1.5 to 1.5; give them in 0..1"),
+        (lambda p: p.edit(np.full((8, 8, 3), -0.5), step=1), "floats from -0.5 to -0.5"),
+        (lambda p: p.edit(np.full((8, 8, 3), np.nan), step=1), "floats from nan to nan"),
+        (lambda p: p.edit(Image.new("F", (8, 8), 200.0), step=1), "floats from 200 to 200"),
+        (lambda p: p.edit(np.zeros((0, 8, 8, 3), np.float32), step=1), "there are no images"),
         (lambda p: p.edit(np.zeros((8, 8), np.uint8), step=1), "shape (8, 8); give PIL images, paths, uint8 arrays"),
         (lambda p: p.edit(None, step=1), "NoneType"),
         (lambda p: p.edit([], step=1), "there are no images"),
         (lambda p: p.inpaint(pictures(1), np.zeros((8, 16), bool)), "mask 0 is 16x8 pixels, its image 8x8"),
         (lambda p: p.inpaint(pictures(3), np.zeros((2, 8, 8), bool)), "2 masks for 3 images"),
-        (lambda p: p.inpaint(pictures(1), np.zeros((8, 8))), "no masks: ndarray of float64"),
+        (lambda p: p.inpaint(pictures(1), np.zeros((8, 8), int)), "no masks: ndarray of int64"),
         (lambda p: p.outpaint([pictures(1), pictures(1, side=9)], left=1), "images of several sizes: 8x8, 9x9"),
         (lambda p: p.outpaint(pictures(1, side=4), left=1), "4 x 4"),
         (lambda p: p.interpolate(0, 1, 1), "1 frames"),
@@ -386,13 +472,13 @@ def test_bad_input_gets_one_line_that_names_what_is_possible(
 
 
 def test_a_model_is_not_asked_for_what_it_never_learnt(runs: Path, pipeline: LatentDDGAN) -> None:
-    with pytest.raises(UserError, match="trained without classes"):
+    with pytest.raises(UserError, match=r"^labels: .* trained without classes"):
         pipeline.sample(1, labels=[0])
-    with pytest.raises(UserError, match="trained without classes"):
+    with pytest.raises(UserError, match=r"^guidance: .* trained without classes"):
         pipeline.sample(1, guidance=2.0)
     with pytest.raises(UserError, match="dtype is 'fp8'; choose one of None, 'bf16', 'fp16'"):
         LatentDDGAN.from_pretrained(runs / "plain", dtype="fp8")  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="works on pixels and has no decoder"):
+    with pytest.raises(UserError, match=r"^decoder: .* works on pixels and has no decoder"):
         LatentDDGAN.from_pretrained(runs / "pixels", decoder="light")
 
 
@@ -434,7 +520,7 @@ def test_prompts_are_encoded_by_the_text_encoder_that_travels_along(
     assert torch.equal(saved.sample_latents(2), saved.model.sample([0, 1]))  # without prompts
     with pytest.raises(UserError, match="there are no prompts; give one or more"):
         saved.sample(1, prompts=[])
-    with pytest.raises(UserError, match="guidance steers towards prompts; give --prompt"):
+    with pytest.raises(UserError, match=r"^guidance: steers towards prompts; give some"):
         saved.sample(1, guidance=2.0)
 
 

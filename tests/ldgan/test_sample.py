@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ldgan import sample
 from ldgan.diffusion.samplers import SamplerConfig
+from ldgan.engine import cli
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
@@ -126,7 +127,7 @@ def test_labels_are_numbers_ranges_and_names(runs: Path, text: str, labels: list
 def test_an_unknown_label_is_answered_with_the_known_ones(runs: Path, text: str) -> None:
     # The class named 12 is number 2: digits alone are always a number.
     with pytest.raises(
-        UserError, match=r"^--labels: no class .*; the model knows 0 to 3, or by name: cat, dog, 12, emu$"
+        UserError, match=r"^labels: no class .*; the model knows 0 to 3, or by name: cat, dog, 12, emu$"
     ):
         labels_of(text, open_model(runs / "classes", SamplerConfig()))
 
@@ -175,13 +176,13 @@ def test_a_classifier_guides_a_model_without_classes(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "settings", "message"),
     [
-        ("plain", {"guidance_scale": 2.0}, "was trained without classes and captions; leave out --guidance"),
+        ("plain", {"guidance_scale": 2.0}, "was trained without classes and captions; leave it out"),
         ("classes", {"guidance_scale": 2.0}, "train with label_dropout"),
         ("plain", {"num_steps": 5}, "has 4 steps, and 5 are asked"),
         ("previous", {"method": "ddim"}, "predicts x_{t-1} itself"),
         ("previous", {"num_steps": 2}, "predicts x_{t-1} itself"),
-        ("previous", {"classifier": "classifier"}, "no variance for --classifier to act on"),
-        ("plain", {"classifier": "classifier", "num_steps": 1}, "no variance for --classifier to act on"),
+        ("previous", {"classifier": "classifier"}, "its steps have no variance to act on"),
+        ("plain", {"classifier": "classifier", "num_steps": 1}, "its steps have no variance to act on"),
         ("plain", {"classifier": "linear_classifier"}, "was trained with schedule=linear num_timesteps=4"),
         ("single", {"classifier": "classifier"}, "the model with other noise levels"),
         ("plain", {"classifier": "classes"}, "holds a diffusion GAN, no classifier"),
@@ -203,11 +204,11 @@ def test_a_sampler_that_does_not_fit_the_model_is_refused(
 def test_labels_need_a_model_or_a_classifier_that_knows_them(runs: Path) -> None:
     plain = open_model(runs / "plain", SamplerConfig())
     assert labels_of(None, plain) is None
-    with pytest.raises(UserError, match="trained without classes; leave it out, or add --classifier RUN"):
+    with pytest.raises(UserError, match=r"^labels: .*trained without classes; leave it out, or add a classifier"):
         labels_of("1", plain)
     guided = open_model(runs / "plain", SamplerConfig(classifier=str(runs / "classifier")))
     assert labels_of("1", guided) == [1]
-    with pytest.raises(UserError, match="give --labels, such as --labels 0-3"):
+    with pytest.raises(UserError, match=r"^labels: a classifier guides to them; give some of 0 to 3"):
         labels_of(None, guided)
 
 
@@ -268,11 +269,35 @@ def test_ddim_in_fewer_steps_makes_other_images(command: Callable[..., Path], ru
 
 
 def test_errors_come_before_any_work(command: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--labels: no class 'cow'"):
+    with pytest.raises(UserError, match=r"^labels: no class 'cow'"):
         command("classes", "--num-images", 1, "--labels", "cow")
     with pytest.raises(UserError, match="--steps-grid is a picture"):
         command("plain", "--num-images", 1, "--save", "latents", "--steps-grid")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ("classes", ("--labels", "cow"), "--labels: no class 'cow'; the model knows 0 to 3"),
+        ("plain", ("--steps", 9), "has 4 steps, and 9 are asked; give 1 to 4"),
+        ("plain", ("--guidance", 2), "was trained without classes and captions; leave it out, or use a classifier"),
+        ("previous", ("--sampler", "ddim"), "predicts x_{t-1} itself, step by step; leave it out"),
+        ("plain", ("--decoder", "light"), "works on pixels and has no decoder; leave it out"),
+    ],
+)
+def test_the_command_speaks_of_its_flags(
+    command: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    run: str,
+    flags: tuple[object, ...],
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda: command(run, "--num-images", 1, *flags) and None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flags[0]}: ")
+    assert message in line
 
 
 def test_a_job_is_what_the_flags_say(runs: Path) -> None:
