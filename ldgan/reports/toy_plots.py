@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from ldgan.reports.trilemma import BLUE, GREY, INK, ORANGE, png
+from ldgan.reports.trilemma import BLUE, GREY, INK, ORANGE, new_figure, png
 
 SHADE = "#d9d9d9"
 
@@ -35,7 +33,7 @@ class GridPanel(NamedTuple):
 
 def denoising_plot(panels: Sequence[DenoisingPanel]) -> bytes:
     """One panel for each step size: the truth as an area, and both fits as lines; each has a scale of its own."""
-    figure = _figure(2.2 * len(panels), 2.9)
+    figure = new_figure(2.2 * len(panels), 2.9)
     axes: list[Axes] = list(figure.subplots(1, len(panels), sharex=True))
     for ax, panel in zip(axes, panels):
         ax.stairs(panel.true, panel.edges, fill=True, color=SHADE, label="true $q(x_{t-1}\\mid x_t)$")
@@ -54,7 +52,7 @@ def denoising_plot(panels: Sequence[DenoisingPanel]) -> bytes:
 def grid_plot(panels: Sequence[GridPanel], modes: np.ndarray) -> bytes:
     """Scatter of each model's points, with a cross where ``modes`` (K, 2) lie."""
     columns = (len(panels) + 1) // 2
-    figure = _figure(3.0 * columns, 6.8)
+    figure = new_figure(3.0 * columns, 6.8)
     reach = 1.25 * np.abs(modes).max()
     for ax, panel in zip(figure.subplots(2, columns).flat, panels):
         ax.scatter(*modes.T, s=30, c=ORANGE, marker="+", linewidths=0.8, zorder=1)
@@ -64,13 +62,6 @@ def grid_plot(panels: Sequence[GridPanel], modes: np.ndarray) -> bytes:
         ax.set_xlabel(panel.caption, color=INK, fontsize=9)
         ax.spines[:].set_color(GREY)
     return png(figure)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that no global state of matplotlib knows of."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _plain(axes: Axes) -> None:

@@ -7,13 +7,13 @@ used to reach two. Nothing here measures; everything is made of rows of numbers.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,42 +127,50 @@ DEFINITIONS = {
 }
 
 
+class Cell(NamedTuple):
+    """A number of the table as it is shown, and whether it is the best of all models."""
+
+    text: str
+    best: bool
+
+
+class Line(NamedTuple):
+    """A line of the table, whatever it is shown on."""
+
+    row: Row
+    cells: list[Cell]
+
+
+def table_lines(rows: Sequence[Row]) -> list[Line]:
+    """The table that terminal, Markdown and page show: a line for each generator, a cell for each of `COLUMNS`."""
+    best = [column.best(rows) for column in COLUMNS]
+    return [
+        Line(row, [Cell(text, row.kind == "model" and text == top) for text, top in zip(shown, best)])
+        for row in rows
+        for shown in [[column.show(row) for column in COLUMNS]]
+    ]
+
+
 def console_table(rows: Sequence[Row], title: str) -> Table:
-    """The table for a terminal, one line for each generator."""
+    """The table for a terminal."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for column in COLUMNS:
         table.add_column(column.heading, justify="right")
-    for row in rows:
-        cells = _cells(row, rows, "[bold]{}[/bold]")
-        table.add_row(escape(row.name), *cells, style="dim" if row.kind == "real" else "")
+    for row, cells in table_lines(rows):
+        texts = [f"[bold]{text}[/bold]" if best else text for text, best in cells]
+        table.add_row(escape(row.name), *texts, style="dim" if row.kind == "real" else "")
     return table
 
 
 def markdown(rows: Sequence[Row], title: str, conditions: str) -> str:
     """The table as Markdown, with the conditions below it."""
-    lines = [
-        f"| | {' | '.join(column.heading for column in COLUMNS)} |",
-        f"| --- |{' ---: |' * len(COLUMNS)}",
-        *(f"| {_in_cell(row.name)} | {' | '.join(_cells(row, rows, '**{}**'))} |" for row in rows),
-    ]
-    definitions = [f"- {term}: {text}" for term, text in DEFINITIONS.items()]
-    return "\n".join([f"# {title}", "", *lines, "", conditions, "", *definitions, ""])
-
-
-def _in_cell(text: str) -> str:
-    """Text that does not end a Markdown table's cell."""
-    return text.replace("|", "\\|")
-
-
-def _cells(row: Row, rows: Sequence[Row], emphasis: str) -> list[str]:
-    shown = [(column.show(row), column.best(rows)) for column in COLUMNS]
-    return [emphasis.format(text) if row.kind == "model" and text == best else text for text, best in shown]
+    return _render("trilemma.md", rows, title=title, conditions=conditions)
 
 
 def trilemma_plot(rows: Sequence[Row]) -> Figure:
     """Quality against speed, with coverage as colour (KL) and size (recall) of each generator's mark."""
-    figure = _figure(8.6, 5.4)
+    figure = new_figure(8.6, 5.4)
     axes = figure.subplots()
     makers = sorted((row for row in rows if row.images_per_second is not None), key=lambda row: -row.recall)
     speeds, precisions = zip(*map(_position, makers))
@@ -218,7 +226,7 @@ def panels_plot(rows: Sequence[Row]) -> Figure:
     """Every generator's numbers side by side; dashed lines are real images, dotted ones what sampling allows."""
     makers = [row for row in rows if row.kind != "real"]
     heights = range(len(makers), 0, -1)
-    figure = _figure(12.5, 1.0 + 0.32 * len(makers))
+    figure = new_figure(12.5, 1.0 + 0.32 * len(makers))
     for panel, axes in zip(PANELS, figure.subplots(1, len(PANELS), sharey=True)):
         points = [(number, height) for height, row in zip(heights, makers) if (number := panel.value(row)) is not None]
         axes.scatter(*zip(*points), color=BLUE, s=34, zorder=3)
@@ -260,21 +268,33 @@ def page(
         conditions: one line under the plot: on what everything was measured.
         results: all settings and numbers, for whoever wants to do it again; shown as JSON.
     """
-    figures = "\n".join(_grid_figure(row, grids[row.name]) for row in rows if row.name in grids)
-    terms = "\n".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in DEFINITIONS.items())
-    return PAGE.format(
-        title=html.escape(title),
-        conditions=html.escape(conditions),
-        trilemma=_data_uri(svg(trilemma_plot(rows)), "image/svg+xml"),
-        panels=_data_uri(svg(panels_plot(rows)), "image/svg+xml"),
-        table=_html_table(rows),
-        figures=figures,
-        terms=terms,
-        results=html.escape(json.dumps(results, indent=2)),
+    return _render(
+        "trilemma.html",
+        rows,
+        title=title,
+        conditions=conditions,
+        grids=grids,
+        trilemma=svg(trilemma_plot(rows)),
+        panels=svg(panels_plot(rows)),
+        results=json.dumps(results, indent=2),
     )
 
 
-def _figure(width: float, height: float) -> Figure:
+def _render(template: str, rows: Sequence[Row], **values: Any) -> str:
+    """A file of the folder templates, filled in; in HTML all values are escaped."""
+    environment = Environment(
+        loader=PackageLoader("ldgan.reports"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"data_uri": _data_uri, "significant": significant}
+    shared = {"rows": rows, "columns": COLUMNS, "lines": table_lines(rows), "definitions": DEFINITIONS}
+    return environment.get_template(template).render(shared | values)
+
+
+def new_figure(width: float, height: float) -> Figure:
     """A figure of so many inches that no global state of matplotlib knows of."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
@@ -360,19 +380,16 @@ def _label(figure: Figure, axes: Axes, rows: Sequence[Row]) -> None:
         taken.append(Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius))
     inside = axes.get_window_extent()
     for row in rows:
-        label, overlap = None, float("inf")
-        for candidate in _label_places(axes, row):
-            box = candidate.get_window_extent()
-            outside = box.width * box.height - _overlap(box, inside)
-            candidate_overlap = sum(_overlap(box, other) for other in taken) + outside
-            if candidate_overlap < overlap:
-                if label is not None:
-                    label.remove()
-                label, overlap = candidate, candidate_overlap
-            else:
-                candidate.remove()
-        assert label is not None
-        taken.append(label.get_window_extent())
+        labels = _label_places(axes, row)
+        boxes = [label.get_window_extent() for label in labels]
+        hidden = [
+            sum(_overlap(box, other) for other in taken) + box.width * box.height - _overlap(box, inside)
+            for box in boxes
+        ]
+        best = hidden.index(min(hidden))
+        taken.append(boxes[best])
+        for label in labels[:best] + labels[best + 1 :]:
+            label.remove()
 
 
 def _label_places(axes: Axes, row: Row) -> list[Annotation]:
@@ -399,97 +416,5 @@ def _overlap(a: Bbox, b: Bbox) -> float:
     return 0.0 if shared is None else shared.width * shared.height
 
 
-def _html_table(rows: Sequence[Row]) -> str:
-    heads = "".join(f"<th>{html.escape(column.heading)}</th>" for column in COLUMNS)
-    lines = []
-    for row in rows:
-        cells = "".join(
-            f'<td class="best">{html.escape(text)}</td>'
-            if row.kind == "model" and text == column.best(rows)
-            else f"<td>{html.escape(text)}</td>"
-            for column in COLUMNS
-            for text in [column.show(row)]
-        )
-        lines.append(f'<tr class="{row.kind}"><th scope="row">{html.escape(row.name)}</th>{cells}</tr>')
-    return f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _grid_figure(row: Row, grid: bytes) -> str:
-    """Samples with the numbers that they should be seen with."""
-    name = html.escape(row.name)
-    numbers = [f"precision {row.precision:.3f}", f"recall {row.recall:.3f}", f"{row.num_modes:,} modes"]
-    if row.evaluations:
-        numbers.append(f"{significant(row.evaluations)} evaluation{'s' if row.evaluations > 1 else ''}")
-    return (
-        f'<figure><img src="{_data_uri(grid, "image/png")}" alt="samples: {name}">'
-        f"<figcaption><b>{name}</b><br>{' · '.join(numbers)}</figcaption></figure>"
-    )
-
-
 def _data_uri(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #222; --soft: #666; --paper: #fbfbfa; --line: #ddd; --mark: #eef3f7; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e8e8e6; --soft: #a5a5a2; --paper: #191a1b; --line: #3a3b3d; --mark: #26313a; }}
-}}
-body {{ margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
-h1 {{ font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }}
-h2 {{ font-size: 1.15rem; margin: 2.5rem 0 .7rem; }}
-p {{ max-width: 60rem; }}
-.conditions, figcaption, dd {{ color: var(--soft); }}
-.plot {{ background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: .6rem; margin: 1rem 0; }}
-.plot img {{ display: block; width: 100%; height: auto; }}
-.narrow {{ max-width: 56rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .65rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: bottom; }}
-th {{ font-weight: 600; }}
-tbody th, thead th:first-child {{ text-align: left; white-space: nowrap; }}
-td.best {{ font-weight: 700; background: var(--mark); }}
-tr.real th, tr.real td {{ font-style: italic; color: var(--soft); }}
-.grids {{ display: flex; flex-wrap: wrap; gap: 1.4rem; }}
-figure {{ margin: 0; flex: 0 0 14rem; }}
-figure img {{ width: 100%; image-rendering: pixelated; border-radius: 4px; }}
-figcaption {{ font-size: .85rem; line-height: 1.4; margin-top: .3rem; }}
-figcaption b {{ color: var(--ink); }}
-dt {{ font-weight: 600; margin-top: .6rem; }}
-dd {{ margin: 0; max-width: 60rem; }}
-pre {{ font-size: .75rem; overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; padding: .8rem; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>Every generator against the three wishes of the generative trilemma: images that look real, all of the data
-covered, samples at once. Up and to the right is better; dark and large is better.</p>
-<div class="plot narrow"><img src="{trilemma}" alt="quality against speed, coverage as colour and size"></div>
-<p class="conditions">{conditions}</p>
-<h2>Numbers</h2>
-<div class="scroll">{table}</div>
-<p class="conditions">Arrows point to the better side; bold is the best of the trained models.</p>
-<div class="plot"><img src="{panels}" alt="each number of each generator"></div>
-<p class="conditions">Dashed: real images, judged alike. Dotted: the KL that sampling alone leaves.</p>
-<h2>Samples</h2>
-<p class="conditions">The first ones of each, not picked.</p>
-<div class="grids">
-{figures}
-</div>
-<h2>What the numbers mean</h2>
-<dl>
-{terms}
-</dl>
-<h2>Conditions</h2>
-<details><summary>All settings and results as JSON</summary>
-<pre>{results}</pre></details>
-</body>
-</html>
-"""
