@@ -29,6 +29,9 @@ from ldgan.models.blocks import (
 
 ClassConditioning = Literal["projection", "added"]
 
+Logits = Literal["sample", "positions"]
+"""What is judged: a sample by the sum of its features, or each position of the last feature map on its own."""
+
 
 @dataclass
 class DiscriminatorConfig:
@@ -44,11 +47,15 @@ class DiscriminatorConfig:
     class_conditioning: ClassConditioning = option(
         "projection", "how a class acts: its embedding, projected on the features, or added to the time embedding"
     )
+    logits: Logits = option("sample", "one logit for the sum of the last features, or one for each of their positions")
+    minibatch_stddev: bool = option(True, "whether the last features tell how far samples of a batch lie apart")
 
 
 class Discriminator(nn.Module):
-    """D(x_{t-1}, x_t, t) -> logit (B,): is x_{t-1} a plausible denoised x_t?
+    """D(x_{t-1}, x_t, t) -> logits (B,) or (B, N): is x_{t-1} a plausible denoised x_t?
 
+    One logit answers for the whole sample, or N of them for the positions of the last feature map, as in a PatchGAN
+    (Isola et al., arXiv 1611.07004): what the noise of x_{t-1} hides in a sum shows in its place.
     Without ``pairs`` it judges x_{t-1} alone. With classes it judges whether x_{t-1} is a plausible one of its
     class, by projection (Miyato and Koyama, arXiv 1802.05637) or by addition to the time embedding; with texts
     whether it is one of its text, by projection of the pooled embedding.
@@ -81,6 +88,7 @@ class Discriminator(nn.Module):
             raise ValueError(f"attention_resolutions has {min(unknown)}; the blocks' outputs have sides {sides}")
 
         self.num_classes, self.pairs = num_classes, pairs
+        self.by_position, self.minibatch_stddev = numbers.logits == "positions", numbers.minibatch_stddev
         stem_width = numbers.stem_width or widths[0]
         self.time_embedding = TimeEmbedding(numbers.embedding_dim, numbers.embedding_dim)
         self.conv_in = nn.Conv2d(
@@ -90,7 +98,7 @@ class Discriminator(nn.Module):
             DiscriminatorBlock(i, o, numbers.embedding_dim, Resample(mode, numbers.fir), attention=side in attended)
             for i, o, mode, side in zip([stem_width, *widths[:-1]], widths, modes, sides)
         )
-        self.conv_out = nn.Conv2d(widths[-1] + 1, widths[-1], 3, padding=1)  # + 1: minibatch stddev
+        self.conv_out = nn.Conv2d(widths[-1] + int(numbers.minibatch_stddev), widths[-1], 3, padding=1)
         self.logit = nn.Linear(widths[-1], 1)
         self.projected_text = PooledText(text_dim, widths[-1]) if text_dim > 0 else None
         initialise(self)
@@ -108,7 +116,7 @@ class Discriminator(nn.Module):
         labels: Tensor | None = None,
         text: Text | None = None,
     ) -> Tensor:
-        """``x_previous``, ``x_t`` (B, C, s, s), ``t`` int64 (B,) in 1..T -> logits (B,).
+        """``x_previous``, ``x_t`` (B, C, s, s), ``t`` int64 (B,) in 1..T -> logits (B,), or (B, N) by position.
 
         ``x_t`` is None without ``pairs``. ``labels``, int64 (B,) in 0..num_classes, where num_classes stands for
         no label, are None without classes; ``text``, B texts of which some may have no rows, is None without texts.
@@ -120,13 +128,13 @@ class Discriminator(nn.Module):
         x = self.conv_in(x_previous if x_t is None else torch.cat([x_previous, x_t], dim=1))
         for block in self.blocks:
             x = block(x, time)
-        x = F.leaky_relu(self.conv_out(append_minibatch_stddev(x)), 0.2)
-        features = x.sum(dim=(2, 3))
-        logits = self.logit(features).squeeze(1)
+        x = F.leaky_relu(self.conv_out(append_minibatch_stddev(x) if self.minibatch_stddev else x), 0.2)
+        features = x.flatten(2).transpose(1, 2) if self.by_position else x.sum(dim=(2, 3))  # (B, N, F) or (B, F)
+        logits = self.logit(features).squeeze(-1)
         if self.projected is not None:
-            logits = logits + (self.projected(labels) * features).sum(dim=1)
+            logits = logits + projection(self.projected(labels), features)
         if self.projected_text is not None and text is not None:
-            logits = logits + (self.projected_text(text) * features).sum(dim=1)
+            logits = logits + projection(self.projected_text(text), features)
         return logits.float()
 
 
@@ -149,6 +157,11 @@ class DiscriminatorBlock(nn.Module):
         h = self.conv1(F.leaky_relu(x, 0.2)) + self.time(time)[:, :, None, None]
         h = self.conv2(self.resample(F.leaky_relu(h, 0.2)))
         return self.attention((self.skip(self.resample(x)) + h) * math.sqrt(0.5))
+
+
+def projection(embedding: Tensor, features: Tensor) -> Tensor:
+    """Inner products of embeddings (B, F) with features (B, F) or, at each position, (B, N, F): (B,) or (B, N)."""
+    return (embedding.reshape(len(features), *[1] * (features.ndim - 2), -1) * features).sum(dim=-1)
 
 
 def append_minibatch_stddev(x: Tensor, group_size: int = 4) -> Tensor:

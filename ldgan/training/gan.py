@@ -32,6 +32,7 @@ from ldgan.models.unet import UNet
 from ldgan.training.data import DataSource, drop_labels
 from ldgan.training.losses import (
     discriminator_loss,
+    distance,
     energy_score,
     finite_difference_penalty,
     generator_loss,
@@ -64,7 +65,9 @@ class LossConfig:
     )
     l1_weight: float = option(0.0, "weight of the L1 distance between the x_0 estimate and x_0 at the start")
     l1_weight_final: float = option(0.0, "the same at the end; in between it falls along a sigmoid")
-    energy_weight: float = option(0.0, "weight of the energy score of two x_0 estimates; costs a second forward pass")
+    energy_weight: float = option(
+        0.0, "weight of the energy score of two x_0 estimates; without z they coincide and it is a distance to x_0"
+    )
     energy_windows: list[int] = option([], "sides of windows, in latent pixels, that the energy score sees apart")
     mismatch_weight: float = option(
         0.0, "with captions: weight of the discriminator's loss of real samples beside captions of others (GAN-CLS)"
@@ -133,7 +136,7 @@ class Drawn(NamedTuple):
         return Conditions(self.labels, self.text).given()
 
     def judge(self, discriminator: nn.Module, x_previous: Tensor) -> Tensor:
-        """Logits (B,) of real or fake x_{t-1}."""
+        """Logits, (B,) or (B, N), of real or fake x_{t-1}."""
         return discriminator(x_previous, self.x_t, self.t, **self.conditions)
 
 
@@ -252,8 +255,7 @@ class DiffusionGANTrainer:
         fake, estimate = self._fake(self._reduced_generator, drawn, random)
         terms = {} if self._one_shot else {"l1": reconstruction_loss(estimate, target)}
         if self._loss.energy_weight > 0:
-            _, other_estimate = self._fake(self._reduced_generator, drawn, random)
-            terms["energy"] = energy_score(estimate, other_estimate, target, self._loss.energy_windows)
+            terms["energy"] = self._energy(estimate, target, drawn, random)
         if not adversarial:
             return terms
         judge = partial(drawn.judge, self._players.discriminator)
@@ -262,6 +264,17 @@ class DiffusionGANTrainer:
         else:
             terms["generator"] = generator_loss(judge(fake))
         return terms
+
+    def _energy(self, estimate: Tensor, target: Tensor, drawn: Drawn, random: torch.Generator) -> Tensor:
+        """Energy score of ``estimate`` and a second one; where no z sets them apart, the distance that is left of it.
+
+        A one-shot generator without z still starts from an x_T of its own each time.
+        """
+        windows = self._loss.energy_windows
+        if self._players.generator.z_dim == 0 and not self._one_shot:
+            return distance(estimate, target, windows)
+        _, other_estimate = self._fake(self._reduced_generator, drawn, random)
+        return energy_score(estimate, other_estimate, target, windows)
 
     def _read(self, source: DataSource, batch: dict[str, Tensor], step: int, number: int) -> Batch:
         """x_0 and, for players with classes or text, labels or captions of a batch of the dataset."""

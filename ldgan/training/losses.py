@@ -1,4 +1,7 @@
-"""Losses of the denoising diffusion GAN. They know only tensors: logits (B,), samples (B, ...)."""
+"""Losses of the denoising diffusion GAN. They know only tensors: samples (B, ...), logits (B,) or (B, N).
+
+N logits of a sample judge its N positions. A loss is the mean over all of them; a penalty is for their sum.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def relativistic_loss(logits: Tensor, opponent_logits: Tensor) -> Tensor:
-    """Logistic loss of samples that should look more real than their opponents, pair by pair; both (B,).
+    """Logistic loss of samples that should look more real than their opponents, pair by pair and place by place.
 
     The discriminator's takes real logits and fake opponents, the generator's the reverse (Jolicoeur-Martineau,
     arXiv 1807.00734; Huang et al., R3GAN, arXiv 2501.05441, section 2). Only differences of logits count.
@@ -34,14 +37,14 @@ def mismatch_loss(logits: Tensor, differs: Tensor) -> Tensor:
 
     It is the mean over all B samples; those whose caption is no other one, by ``differs``, bool (B,), add nothing.
     """
-    return (F.softplus(logits) * differs).mean()
+    return (F.softplus(logits).reshape(len(logits), -1).mean(dim=1) * differs).mean()
 
 
 def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
     """E ||grad_inputs D||^2: R1 on real inputs (Mescheder et al., arXiv 1801.04406), R2 on fake ones.
 
-    ``inputs`` must require gradients and ``logits`` come from them, one logit a sample. The result can be
-    differentiated once more; the weight gamma / 2 is the caller's.
+    ``inputs`` must require gradients and ``logits`` come from them. D is a sample's logit, or the sum of those of its
+    positions. The result can be differentiated once more; the weight gamma / 2 is the caller's.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), inputs, create_graph=True)
     return gradient.float().square().sum(dim=tuple(range(1, inputs.ndim))).mean()
@@ -52,9 +55,11 @@ def finite_difference_penalty(logits: Tensor, shifted_logits: Tensor, epsilon: f
 
     ``shifted_logits`` are those of x + epsilon v with v ~ N(0, I), drawn anew in each step: E (v . grad D)^2 is
     ||grad D||^2. Where D bends, with Hessian H, epsilon^2 / 4 (tr(H)^2 + 2 ||H||_F^2) comes on top. The
-    "approximated R1" of Lin et al. (arXiv 2501.08316) is this without the division by epsilon^2.
+    "approximated R1" of Lin et al. (arXiv 2501.08316) is this without the division by epsilon^2. D is a sample's
+    logit, or the sum of those of its positions.
     """
-    return ((shifted_logits - logits) / epsilon).square().mean()
+    changes = (shifted_logits - logits) / epsilon
+    return changes.reshape(len(changes), -1).sum(dim=1).square().mean()
 
 
 def reconstruction_loss(x_0_estimate: Tensor, x_0: Tensor) -> Tensor:

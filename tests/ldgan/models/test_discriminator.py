@@ -26,6 +26,7 @@ CHANNELS, SIDE = 3, 8
 # The forms that the published recipes take, tiny.
 SMALL = {"widths": [16, 32, 32], "stem_width": 8, "stem_kernel_size": 1, "fir": True}
 LARGE = {**SMALL, "downsample_first": True}
+PLACES = {"logits": "positions", "minibatch_stddev": False}
 
 
 def fresh_discriminator(seed: int = 0, *, num_classes: int = 0, pairs: bool = True, **changes: Any) -> Discriminator:
@@ -101,15 +102,20 @@ def independent_logits(weights: dict[str, Tensor], x: Tensor, t: Tensor, config:
         if block > 0 or config.get("downsample_first"):
             h, x = halved(h, config.get("fir", False)), halved(x, config.get("fir", False))
         x = (convolve(h, f"blocks.{block}.conv2") + convolve(x, f"blocks.{block}.skip")) / 2**0.5
-    stddev = (x.var(dim=0, unbiased=False) + 1e-8).sqrt().mean()  # of a single group
-    x = torch.cat([x, stddev.expand(len(x), 1, *x.shape[2:])], dim=1)
-    return linear(leaky(convolve(x, "conv_out")).sum(dim=(2, 3)), "logit").squeeze(1)
+    if config.get("minibatch_stddev", True):
+        stddev = (x.var(dim=0, unbiased=False) + 1e-8).sqrt().mean()  # of a single group
+        x = torch.cat([x, stddev.expand(len(x), 1, *x.shape[2:])], dim=1)
+    x = leaky(convolve(x, "conv_out"))
+    if config.get("logits") == "positions":
+        places = [(row, column) for row in range(x.shape[2]) for column in range(x.shape[3])]
+        return torch.cat([linear(x[:, :, row, column], "logit") for row, column in places], dim=1)
+    return linear(x.sum(dim=(2, 3)), "logit").squeeze(1)
 
 
-@pytest.mark.parametrize("config", [{}, SMALL, LARGE])
+@pytest.mark.parametrize("config", [{}, SMALL, LARGE, PLACES, {**SMALL, "logits": "positions"}])
 def test_the_logits_are_those_of_an_independent_implementation(config: dict[str, Any]) -> None:
     discriminator = fresh_discriminator(**config)
-    assert discriminator.conv_in.weight.shape[-1] == (1 if config else 3)
+    assert discriminator.conv_in.weight.shape[-1] == config.get("stem_kernel_size", 3)
     x_previous, x_t, t = pairs(4)
     logits = discriminator(x_previous, x_t, t).detach()
     expected = independent_logits(discriminator.state_dict(), torch.cat([x_previous, x_t], dim=1), t, config)
@@ -129,6 +135,48 @@ def test_projection_adds_the_product_of_embedding_and_features() -> None:
     expected = plain(*pairs(4)) + (embeddings[labels] * features[0]).sum(dim=1)
     torch.testing.assert_close(conditional(*pairs(4), labels), expected)
     assert distance(expected, plain(*pairs(4))) > 1e-2
+
+
+@pytest.mark.parametrize("num_classes", [0, 5])
+@torch.no_grad()
+def test_a_samples_logit_comes_from_the_sum_of_its_features_bit_for_bit(num_classes: int) -> None:
+    # As before there was a choice: runs of then go on as they were.
+    discriminator = fresh_discriminator(num_classes=num_classes)
+    maps: list[Tensor] = []
+    discriminator.conv_out.register_forward_hook(lambda module, given, output: maps.append(output))
+    labels = torch.tensor([0, 3, 5, 3]) if num_classes > 0 else None
+    logits = discriminator(*pairs(4), labels)
+    features = F.leaky_relu(maps[0], 0.2).sum(dim=(2, 3))
+    expected = discriminator.logit(features).squeeze(1)
+    if num_classes > 0:
+        expected = expected + (discriminator.projected(labels) * features).sum(dim=1)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("class_conditioning", ["projection", "added"])
+def test_logits_of_positions_add_up_to_the_samples(class_conditioning: str) -> None:
+    whole, places = (
+        fresh_discriminator(seed, num_classes=5, class_conditioning=class_conditioning, logits=logits)
+        for seed, logits in enumerate(("sample", "positions"))
+    )
+    places.load_state_dict(whole.state_dict())
+    nn.init.constant_(whole.logit.bias, 0.7)
+    nn.init.constant_(places.logit.bias, 0.7)
+    labels = torch.tensor([0, 3, 5, 3])
+    with torch.no_grad():
+        logits, one = places(*pairs(4), labels), whole(*pairs(4), labels)
+    assert logits.shape == (4, 2 * 2)
+    assert logits.std(dim=1).min() > 1e-2
+    torch.testing.assert_close(logits.sum(dim=1), one + 3 * 0.7, rtol=1e-4, atol=1e-4)
+
+
+def test_without_minibatch_stddev_a_sample_is_judged_alone() -> None:
+    x_previous, x_t, t = pairs(4)
+    for minibatch_stddev in (False, True):
+        discriminator = fresh_discriminator(minibatch_stddev=minibatch_stddev)
+        alone = discriminator(x_previous[:1], x_t[:1], t[:1])
+        difference = (discriminator(x_previous, x_t, t)[:1] - alone).abs().item()
+        assert difference > 1e-3 if minibatch_stddev else difference < 1e-5
 
 
 def test_an_added_class_acts_like_time() -> None:
@@ -189,6 +237,8 @@ def test_the_penalty_reaches_every_weight(batch_size: int) -> None:
         {"num_classes": 3},
         {"num_classes": 3, "class_conditioning": "added"},
         {"pairs": False},
+        PLACES,
+        {"num_classes": 3, "logits": "positions"},
     ],
     ids=str,
 )
@@ -211,7 +261,15 @@ def test_second_derivatives_are_right(changes: dict[str, Any], monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"attention_resolutions": [8, 2]}, {"num_classes": 3}, {"num_classes": 3, **LARGE}], ids=str
+    "changes",
+    [
+        {},
+        {"attention_resolutions": [8, 2]},
+        {"num_classes": 3},
+        {"num_classes": 3, **LARGE},
+        {"num_classes": 3, **PLACES},
+    ],
+    ids=str,
 )
 def test_every_parameter_of_the_discriminator_takes_part(changes: dict[str, Any]) -> None:
     discriminator = fresh_discriminator(**changes)

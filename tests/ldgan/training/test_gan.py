@@ -22,7 +22,7 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
 from ldgan.engine.seeding import generator as random_generator
-from ldgan.models.discriminator import Discriminator, DiscriminatorConfig
+from ldgan.models.discriminator import Discriminator, DiscriminatorConfig, Logits
 from ldgan.models.unet import UNet, UNetConfig
 from ldgan.train import TrainConfig
 from ldgan.training.data import Pixels
@@ -51,6 +51,7 @@ def new_game(
     label_dropout: float = 0.0,
     z_dim: int = 3,
     attention_resolutions: Sequence[int] = (),
+    logits: Logits = "sample",
     num_micro_batches: int = 1,
     timestep_weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     phases: PhasesConfig | None = None,
@@ -68,7 +69,9 @@ def new_game(
     )
     generator = UNet(numbers, channels=2, resolution=4, out_channels=2, num_classes=num_classes)
     discriminator = Discriminator(
-        DiscriminatorConfig(widths=[8, 8], embedding_dim=8, attention_resolutions=list(attention_resolutions)),
+        DiscriminatorConfig(
+            widths=[8, 8], embedding_dim=8, attention_resolutions=list(attention_resolutions), logits=logits
+        ),
         channels=2,
         resolution=4,
         num_classes=num_classes,
@@ -142,9 +145,10 @@ def test_the_generators_step_moves_the_generator_and_its_average_alone() -> None
         assert torch.equal(parameter.grad, sentinel)
 
 
-def test_a_step_of_both_players_equals_the_equations_in_float64() -> None:
+@pytest.mark.parametrize("logits", ["sample", "positions"])
+def test_a_step_of_both_players_equals_the_equations_in_float64(logits: Logits) -> None:
     """Schedule, forward process, posterior, losses and R1 once more, from the papers' equations alone."""
-    game, x_0 = new_game(r1_every_steps=1, r1_gamma=0.6, l1_weight=0.5), data()
+    game, x_0 = new_game(r1_every_steps=1, r1_gamma=0.6, l1_weight=0.5, logits=logits), data()
     generator, discriminator = copy.deepcopy(game.generator), copy.deepcopy(game.discriminator)
     starts = weights(game.discriminator), weights(game.generator)
     game.trainer.discriminator_step(1, [Batch(x_0, None)])
@@ -246,19 +250,44 @@ def test_penalties_are_half_gamma_times_squared_gradients_on_real_and_on_fake_sa
     assert abs(r1 - r2) > 1e-3 * r1
 
 
+def test_r1_of_positions_is_that_of_their_sum_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # the few places that insist on fp32
+    game = new_game(z_dim=0, r1_gamma=0.6, logits="positions")
+    for network in (game.generator, game.discriminator):
+        network.double()
+    random = random_generator("cpu", "penalty")
+    x_0 = data().double()
+    terms = game.trainer.discriminator_losses(Batch(x_0, None), random, penalise=True)
+    random = random_generator("cpu", "penalty")
+    t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
+    noises = [torch.randn(x_0.shape, generator=random, dtype=torch.float64) for _ in range(2)]
+    real, x_t = DIFFUSION.pair(x_0, t, *noises)
+
+    def each_position(x: Tensor) -> Tensor:
+        return game.discriminator(x, x_t, t)
+
+    # (B, N, B, C, s, s): how each position's logit of each sample turns with each sample.
+    slopes = torch.autograd.functional.jacobian(each_position, real).sum(dim=(0, 1))
+    expected = 0.3 * slopes.square().sum(dim=(1, 2, 3)).mean()
+    assert terms["r1"].dtype == torch.float64
+    torch.testing.assert_close(terms["r1"], expected, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("gammas", [{"r1_gamma": 1.0}, {"r1_gamma": 0.0, "r2_gamma": 1.0}, {"r1_gamma": 0.0}], ids=str)
 def test_penalties_without_a_weight_are_left_out(gammas: dict[str, float]) -> None:
     terms = new_game(**gammas).trainer.discriminator_losses(batch(), random_generator("cpu", 0), penalise=True)
     assert terms.keys() - {"discriminator"} == {name.removesuffix("_gamma") for name, gamma in gammas.items() if gamma}
 
 
-def test_finite_differences_step_along_fresh_noise() -> None:
-    game = new_game(penalty="finite_difference", r1_gamma=0.6, r2_gamma=0.2, penalty_epsilon=0.5)
+@pytest.mark.parametrize("logits", ["sample", "positions"])
+def test_finite_differences_step_along_fresh_noise(logits: Logits) -> None:
+    game = new_game(penalty="finite_difference", r1_gamma=0.6, r2_gamma=0.2, penalty_epsilon=0.5, logits=logits)
     terms = game.trainer.discriminator_losses(batch(), random_generator("cpu", "penalty"), penalise=True)
     drawn = draw_again(game, data(), random_generator("cpu", "penalty"))
     for name, weight, x in (("r1", 0.3, drawn.real), ("r2", 0.1, drawn.fake)):
         there = x + 0.5 * torch.randn(x.shape, generator=drawn.random)
         change = game.discriminator(there, drawn.x_t, drawn.t) - game.discriminator(x, drawn.x_t, drawn.t)
+        change = change.reshape(BATCH_SIZE, -1).sum(dim=1)
         torch.testing.assert_close(terms[name], weight * (change / 0.5).square().mean())
 
 
@@ -279,8 +308,9 @@ def test_only_an_exact_penalty_takes_the_slow_kernel_of_attention(monkeypatch: p
         assert seen == fast
 
 
-def test_the_relativistic_game_is_about_pairs_of_the_same_x_t() -> None:
-    game = new_game(adversarial="relativistic")
+@pytest.mark.parametrize("logits", ["sample", "positions"])
+def test_the_relativistic_game_is_about_pairs_of_the_same_x_t(logits: Logits) -> None:
+    game = new_game(adversarial="relativistic", logits=logits)
     for name, player in (("discriminator", 1.0), ("generator", -1.0)):
         if name == "discriminator":
             term = game.trainer.discriminator_losses(batch(), random_generator("cpu", 1), penalise=False)[name]
@@ -368,6 +398,22 @@ def test_the_energy_score_is_weighted_and_reaches_the_generator_alone() -> None:
     game.trainer.step(1, SOURCE, iter([{"image": x_0}]), progress=0.0)
     torch.testing.assert_close(weights(game.generator), expected)
     assert all(parameter.grad is None for parameter in game.discriminator.parameters())
+
+
+def test_without_z_the_energy_score_is_a_distance_and_takes_one_evaluation() -> None:
+    game, evaluated = new_game(z_dim=0, energy_weight=1.0, energy_windows=[2]), []
+    game.generator.register_forward_hook(lambda module, given, output: evaluated.append(output.detach()))
+    terms = game.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=False)
+    assert len(evaluated) == 1
+    squares = (evaluated[0] - data()).double().square()
+    whole = squares.mean(dim=(1, 2, 3)).sqrt().mean()
+    windows = squares.unfold(2, 2, 1).unfold(3, 2, 1).mean(dim=(1, 4, 5)).sqrt().mean()
+    torch.testing.assert_close(terms["energy"].double(), (whole + windows) / 2, rtol=1e-5, atol=0)
+    one_shot = new_game(objective="one_shot", z_dim=0, energy_weight=1.0)
+    one_shot.generator.register_forward_hook(lambda module, given, output: evaluated.append(output.detach()))
+    one_shot.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=False)
+    assert len(evaluated) == 3  # each starts from an x_T of its own
+    assert not torch.equal(evaluated[1], evaluated[2])
 
 
 def test_the_l1_weight_falls_from_its_start_to_its_end() -> None:

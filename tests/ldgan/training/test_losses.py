@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from ldgan.training.losses import (
     discriminator_loss,
+    distance,
     energy_score,
     finite_difference_penalty,
     generator_loss,
     gradient_penalty,
+    mismatch_loss,
     reconstruction_loss,
     relativistic_loss,
     sigmoid_decay,
@@ -31,6 +33,28 @@ def test_losses_at_given_logits() -> None:
     log1pexp = [math.log1p(math.exp(x)) for x in (-2.0, 1.0, 0.5, -3.0)]
     assert discriminator_loss(real, fake).item() == pytest.approx(sum(log1pexp) / 2)
     assert generator_loss(fake).item() == pytest.approx((math.log1p(math.exp(-0.5)) + math.log1p(math.exp(3.0))) / 2)
+
+
+def test_losses_of_positions_are_means_over_all_of_them() -> None:
+    random = torch.manual_seed(0)
+    real, fake = torch.randn(2, 5, 3, generator=random, dtype=torch.float64)
+    differs = torch.tensor([True, False, True, True, False])
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / 15
+
+    def softplus(logit: torch.Tensor) -> float:
+        return math.log1p(math.exp(logit.item()))
+
+    places = [(sample, place) for sample in range(5) for place in range(3)]
+    expected = mean([softplus(-real[at]) for at in places]) + mean([softplus(fake[at]) for at in places])
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected)
+    assert generator_loss(fake).item() == pytest.approx(mean([softplus(-fake[at]) for at in places]))
+    assert relativistic_loss(real, fake).item() == pytest.approx(mean([softplus(fake[at] - real[at]) for at in places]))
+    others = mean([softplus(real[at]) for at in places if differs[at[0]]])
+    assert mismatch_loss(real, differs).item() == pytest.approx(others)
+    whole = real[:, 0]
+    torch.testing.assert_close(mismatch_loss(whole, differs), mismatch_loss(whole[:, None], differs), rtol=0, atol=0)
 
 
 def test_losses_are_binary_cross_entropies() -> None:
@@ -94,6 +118,19 @@ def test_the_penalty_of_a_quadratic_discriminator() -> None:
     (gradient,) = torch.autograd.grad(penalty, A)
     S = (flat.T @ flat / 6).detach()
     torch.testing.assert_close(gradient, A.detach() @ S + S @ A.detach())  # of tr(A S A), S = E x x^T, A symmetric
+
+
+def test_penalties_of_positions_are_those_of_their_sum() -> None:
+    # D_n(x) = w_n x with w_1 + w_2 = (2, 0, 3): not the mean of ||w_n||^2, nor that of their mean.
+    weight = torch.tensor([[1.0, -2.0, 3.0], [1.0, 2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    random = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(5, 3, generator=random, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    penalty = gradient_penalty(x @ weight.T, x)
+    assert penalty.item() == pytest.approx(4 + 9)
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    torch.testing.assert_close(gradient, 2 * weight.detach().sum(dim=0).expand(2, 3))
+    estimate = finite_difference_penalty(x @ weight.T, (x + 0.1 * v) @ weight.T, 0.1)
+    torch.testing.assert_close(estimate, (v @ torch.tensor([2.0, 0.0, 3.0]).double()).square().mean())
 
 
 def test_finite_differences_of_a_linear_discriminator_give_its_penalty_at_any_epsilon() -> None:
@@ -165,6 +202,22 @@ def test_the_energy_score_is_least_for_samples_of_the_true_distribution() -> Non
     scores = {width: float(energy_score(width * first, width * second, x_0)) for width in (0.0, 0.5, 1.0, 1.5)}
     assert min(scores, key=scores.__getitem__) == 1.0
     assert scores[1.0] == pytest.approx(1 / math.pi**0.5, abs=0.005)  # E|X - Y| / 2 = 1 / sqrt(pi)
+
+
+def test_the_energy_score_of_estimates_that_coincide_is_the_distance_to_the_data() -> None:
+    random = torch.Generator().manual_seed(0)
+    estimate, x_0 = torch.randn(2, 3, 2, 4, 4, generator=random, dtype=torch.float64)
+    score = energy_score(estimate, estimate, x_0, windows=[2])
+    whole = (estimate - x_0).square().sum(dim=(1, 2, 3)).div(32).sqrt().mean()
+    squares = (estimate - x_0).square()
+    parts = [
+        squares[:, :, row : row + 2, column : column + 2].sum(dim=(1, 2, 3)).div(8).sqrt()
+        for row in range(3)
+        for column in range(3)
+    ]
+    expected = (whole + torch.stack(parts).mean()) / 2
+    torch.testing.assert_close(distance(estimate, x_0, windows=[2]), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(score, expected, rtol=0, atol=1e-4)  # half the distance of equal samples, 1e-4
 
 
 def test_the_energy_score_has_a_gradient_where_estimates_coincide() -> None:
