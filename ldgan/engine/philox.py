@@ -90,17 +90,17 @@ class Random:
         self._num_draws += 1
         return philox((places, self._num_draws, self._step, self._part), self._key)
 
-    def _laid_out(self, quarters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def _laid_out(self, quarters: list[Tensor], shape: Sequence[int]) -> Tensor:
         return torch.stack(quarters, dim=-1).flatten()[: math.prod(shape)].reshape(tuple(shape))
 
 
 class RandomRows(Random):
     """Streams side by side, one for each of B seeds: draws are (B, *shape), and row i depends on seed i alone."""
 
-    def __init__(self, name: str, seeds: Sequence[int], device: torch.device | str) -> None:
-        """``name`` says what the seeds, whole numbers of 64 bits, are used for."""
+    def __init__(self, seeds: Sequence[int], use: str, device: torch.device | str) -> None:
+        """``use`` says what the seeds, whole numbers of 64 bits, serve for."""
         words = torch.tensor([[seed & MASK, seed >> 32 & MASK] for seed in seeds], device=device)
-        super().__init__(key_of(name), device, step=words[:, :1], part=words[:, 1:])
+        super().__init__(key_of(use), device, step=words[:, :1], part=words[:, 1:])
 
-    def _laid_out(self, quarters: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    def _laid_out(self, quarters: list[Tensor], shape: Sequence[int]) -> Tensor:
         return torch.stack(quarters, dim=-1).flatten(1)[:, : math.prod(shape)].reshape(-1, *shape)

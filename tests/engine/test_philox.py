@@ -117,18 +117,18 @@ def test_a_step_that_is_a_tensor_draws_what_the_number_draws() -> None:
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5), st.integers(1, 9))
 @settings(max_examples=50, deadline=None)
 def test_a_row_depends_on_its_seed_alone(seeds: list[int], size: int) -> None:
-    together = RandomRows("latent", seeds, "cpu")
+    together = RandomRows(seeds, "latent", "cpu")
     first, second = together.normal((size,)), together.normal((2, size))
     for row, seed in enumerate(seeds):
-        alone = RandomRows("latent", [seed], "cpu")
+        alone = RandomRows([seed], "latent", "cpu")
         assert torch.equal(first[row], alone.normal((size,))[0])
         assert torch.equal(second[row], alone.normal((2, size))[0])
 
 
 def test_seeds_that_differ_in_the_upper_half_alone_give_other_numbers() -> None:
-    rows = RandomRows("latent", [3, 3 + 2**32, -1, 2**32 - 1], "cpu").normal((4,))
+    rows = RandomRows([3, 3 + 2**32, -1, 2**32 - 1], "latent", "cpu").normal((4,))
     assert len(rows.unique(dim=0)) == 4
-    assert not torch.equal(rows, RandomRows("style", [3, 3 + 2**32, -1, 2**32 - 1], "cpu").normal((4,)))
+    assert not torch.equal(rows, RandomRows([3, 3 + 2**32, -1, 2**32 - 1], "style", "cpu").normal((4,)))
 
 
 def test_integers_and_choices_are_drawn_in_proportion() -> None:
@@ -143,3 +143,16 @@ def _expect_counts(drawn: Tensor, weights: Tensor) -> None:
     expected = weights / weights.sum() * len(drawn)
     assert counts[expected == 0].sum() == 0
     assert scipy.stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3
+
+
+def test_a_seed_gives_the_same_sample_in_any_batch() -> None:
+    together = RandomRows([5, 6, 7], "latent", "cpu").normal((4, 8, 8))
+    assert torch.equal(together.flip(0), RandomRows([7, 6, 5], "latent", "cpu").normal((4, 8, 8)))
+    assert len(together.flatten(1).unique(dim=0)) == 3
+
+
+def test_rows_of_many_seeds_are_standard_normal_and_uncorrelated() -> None:
+    rows = RandomRows(range(2_000), "noise", "cpu").normal((16,))
+    assert scipy.stats.kstest(rows.flatten().double(), "norm").pvalue > 1e-3
+    neighbours = torch.corrcoef(torch.stack([rows[:-1].flatten(), rows[1:].flatten()]))[0, 1]
+    assert neighbours.abs() < 5 / rows.numel() ** 0.5
