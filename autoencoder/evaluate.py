@@ -39,9 +39,9 @@ from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.files import new_folder
 from ldgan.engine.images import enlarge, error_maps, image_grid, save_png, to_uint8
+from ldgan.engine.philox import RandomRows
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.run import append_evaluation, next_evaluation, resolve_checkpoint, run_of
-from ldgan.engine.seeding import noise_from_seeds
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches, share
 from ldgan.metrics.features import add_feature_flags, chosen_features, feature_network
@@ -141,7 +141,7 @@ def prior_noise(evaluation: Evaluation, numbers: range, batch_size: int) -> Iter
     """Yield batches of noise ~ N(0, I), (B, C, h, w); that of an image depends on its number alone."""
     shape = evaluation.activity.sums.shape[1:]
     for seeds in batches(numbers, batch_size):
-        yield noise_from_seeds(seeds, "prior sample", evaluation.autoencoder.latent_mean.device)(shape)
+        yield RandomRows(seeds, "prior sample", evaluation.autoencoder.latent_mean.device).normal(shape)
 
 
 def summarise(evaluation: Evaluation, reference: dict[str, Any], num_images: int) -> dict[str, Any]:

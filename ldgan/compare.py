@@ -37,9 +37,9 @@ from ldgan.engine.command import parse_command, training_parser
 from ldgan.engine.config import MISSING, describe, from_dict, option, to_dict
 from ldgan.engine.files import new_folder, write_atomically
 from ldgan.engine.images import encode_lossless, image_grid, to_uint8
+from ldgan.engine.philox import RandomRows
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.run import resolve_checkpoint
-from ldgan.engine.seeding import noise_from_seeds
 from ldgan.engine.session import describe_machine, make_accelerator
 from ldgan.engine.shares import batches
 from ldgan.evaluation.judging import REAL_IMAGES_SEED, Judgement, judge_images, load_judge, real_images
@@ -300,7 +300,7 @@ def make_maker(bench: Bench, entry: Entry) -> Maker:
     if entry.checkpoint is None:
         shape = bench.autoencoder.latent_shape(RESOLUTION)
         return Maker(
-            sample=lambda seeds, _: noise_from_seeds(seeds, "prior sample", device)(shape),
+            sample=lambda seeds, _: RandomRows(seeds, "prior sample", device).normal(shape),
             decode=lambda x_0: to_uint8(bench.autoencoder.decode(x_0)).cpu(),
             num_steps=0,
             network=None,

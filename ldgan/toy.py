@@ -30,7 +30,7 @@ from torch import Tensor
 from ldgan.diffusion.process import Diffusion
 from ldgan.engine import cli
 from ldgan.engine.files import new_folder, write_atomically
-from ldgan.engine.seeding import generator as random_generator
+from ldgan.engine.philox import Random, key_of
 from ldgan.inference.trained_model import TrainedModel
 from ldgan.reports.mixtures import GaussianMixture, GridQuality, grid_quality, histogram_masses, total_variation
 from ldgan.reports.toy_plots import DenoisingPanel, GridPanel, denoising_plot, grid_plot
@@ -142,7 +142,7 @@ def one_d(recipe: Recipe, num_samples: int, folder: Path) -> Table:
 def fit_step(name: str, diffusion: Diffusion, model: TrainedModel | None, num_samples: int, seed: int) -> StepFit:
     """Take the step that starts half way, where abar is the same for every even T; T = 1 has but one."""
     t = max(1, diffusion.num_steps // 2)
-    random = random_generator("cpu", seed, "fit", diffusion.num_steps)
+    random = Random(key_of(seed, "fit", diffusion.num_steps), "cpu")
 
     def denoising(x_t: float) -> Denoising:
         true = THREE_MODES.denoising(diffusion, torch.tensor([x_t]), t)
@@ -161,11 +161,11 @@ def fit_step(name: str, diffusion: Diffusion, model: TrainedModel | None, num_sa
     return StepFit(name, diffusion.num_steps, t, *bars, denoising(SHOWN_X_T), others)
 
 
-def generated_steps(model: TrainedModel, x_t: float, t: int, num_samples: int, random: torch.Generator) -> Tensor:
+def generated_steps(model: TrainedModel, x_t: float, t: int, num_samples: int, random: Random) -> Tensor:
     """x_{t-1}, (N,), that a model makes of one x_t with as many z."""
 
     def noise(shape: Sequence[int]) -> Tensor:
-        return torch.randn(num_samples, *shape, generator=random)
+        return random.normal((num_samples, *shape))
 
     x = torch.full((num_samples, 1, 1, 1), x_t)
     denoised = model.denoiser(model.diffusion, noise)(x, torch.full((num_samples,), t))
@@ -201,7 +201,7 @@ def one_d_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def grid25(recipe: Recipe, num_samples: int, folder: Path) -> Table:
     """Train for several T, and once without z; count modes and judge samples."""
-    points = {"real data": GRID_25.sample(num_samples, random_generator("cpu", recipe.seed, "real"))}
+    points = {"real data": GRID_25.sample(num_samples, Random(key_of(recipe.seed, "real"), "cpu"))}
     for name, num_timesteps, z_dim in (
         *((f"T = {num_timesteps}", num_timesteps, recipe.z_dim) for num_timesteps in reversed(LARGE_STEPS)),
         ("T = 4, no z", 4, 0),

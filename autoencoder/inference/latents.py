@@ -6,13 +6,13 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from autoencoder.inference.trained_autoencoder import fingerprint
 from autoencoder.models.autoencoder import AutoencoderKL
 from data_prep.shards import ShardSet
 from ldgan.engine.cli import UserError
+from ldgan.engine.philox import Random
 
 
 def describe_latents(autoencoder: AutoencoderKL, resolution: int, *, flips: bool) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def _read_caption(shards: ShardSet, number: int) -> str:
         raise UserError(f"{shards.locate(number)}: its caption is no UTF-8; write the shards again") from error
 
 
-def draw(mean: Tensor, std: Tensor, noise: torch.Generator) -> Tensor:
+def draw(mean: Tensor, std: Tensor, noise: Random) -> Tensor:
     """A sample of N(mean, std^2), in their shape."""
-    return mean + std * torch.randn(mean.shape, generator=noise, device=noise.device)
+    return mean + std * noise.normal_like(mean)
 
 
 def pack_caption(caption: str, embedding: Tensor | None = None) -> dict[str, bytes]:

@@ -22,6 +22,7 @@ from autoencoder.training.losses import reconstruction_loss
 from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
 from ldgan.engine.images import to_uint8
+from ldgan.engine.philox import Random
 
 
 class DistillationTrainer:
@@ -58,7 +59,7 @@ class DistillationTrainer:
         return mean_terms(terms)
 
     @torch.no_grad()
-    def pairs(self, batch: dict[str, Tensor], noise: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pairs(self, batch: dict[str, Tensor], noise: Random) -> tuple[Tensor, Tensor]:
         """Latents (B, c, h, w), samples of the batch's posteriors, and their full decoding (B, C, H, W)."""
         with self._accumulation.accelerator.autocast():
             mean, std = posterior_moments(self._autoencoder, batch)

@@ -28,6 +28,7 @@ from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig
+from ldgan.engine.philox import Random
 
 
 @dataclass
@@ -157,10 +158,10 @@ class AutoencoderTrainer:
         adversary.optimizer.step()
         return mean_terms(terms)
 
-    def reconstruct(self, images: Tensor, noise: torch.Generator) -> Reconstruction:
+    def reconstruct(self, images: Tensor, noise: Random) -> Reconstruction:
         """One pass of images (B, C, H, W) in [-1, 1] through posterior samples and back."""
         shape = (len(images), *self._players.autoencoder.latent_shape(images.shape[-1]))
-        return self._reduced_autoencoder(images, torch.randn(shape, generator=noise, device=images.device))
+        return self._reduced_autoencoder(images, noise.normal(shape))
 
     def autoencoder_losses(
         self, images: Tensor, reconstruction: Reconstruction, adversary: Adversary | None

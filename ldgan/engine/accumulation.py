@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator
+from ldgan.engine.philox import Random, key_of
 
 
 class Split(NamedTuple):
@@ -82,9 +82,9 @@ class Accumulation:
         """Add the gradient of the sum of a micro-batch's loss terms, scalars, at the `weight` of a micro-batch."""
         self.accelerator.backward(self.weight * sum(terms))
 
-    def random(self, purpose: str, step: int, micro_batch: int) -> torch.Generator:
+    def random(self, purpose: str, step: int, micro_batch: int) -> Random:
         """The random numbers of one micro-batch for one purpose; nothing else draws from them."""
-        return generator(self.device, self.seed, purpose, step, micro_batch)
+        return Random(key_of(self.seed, purpose), self.device, step=step, part=micro_batch)
 
     def average(self, ema: EMA, model: nn.Module, step: int) -> None:
         """Move the average of ``model``'s weights by what step 1, 2, ... has made of them."""

@@ -21,7 +21,7 @@ from ldgan.diffusion.process import Denoised, Diffusion, at
 from ldgan.diffusion.samplers import Callback, Denoiser, Noise, SamplerConfig, Start, ancestral
 from ldgan.engine.cli import UserError
 from ldgan.engine.images import from_uint8
-from ldgan.engine.seeding import noise_from_seeds
+from ldgan.engine.philox import RandomRows
 from ldgan.inference.trained_model import TrainedModel
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def edit(
     Raises:
         UserError: ``step`` is not among the sampler's, or the images are not of the model's resolution.
     """
-    noise, (labels, sampler, text) = noise_from_seeds(seeds, SAMPLE_STREAM, model.device), _read(how, model, seeds)
+    noise, (labels, sampler, text) = RandomRows(seeds, SAMPLE_STREAM, model.device).normal, _read(how, model, seeds)
     diffusion = model.process(noise, labels, sampler, text).diffusion
     if not 1 <= step <= diffusion.num_steps:
         raise UserError(f"step {step}: the model is sampled in {diffusion.num_steps}; choose 1 to that many")
@@ -124,7 +124,7 @@ def inpaint(
     Raises:
         UserError: a size is not the model's, or ``num_resamples`` is below 1.
     """
-    noise = noise_from_seeds(seeds, SAMPLE_STREAM, model.device)
+    noise = RandomRows(seeds, SAMPLE_STREAM, model.device).normal
     return _fill(model, images, masks, noise, num_resamples, _read(how, model, seeds), callback)
 
 
@@ -244,7 +244,7 @@ def outpaint(
     columns, rows = (left, left + width), (top, top + height)
     for number, (y, x) in enumerate(windows(columns, rows, canvas.shape[-1], canvas.shape[-2], side)):
         window = (..., slice(y, y + side), slice(x, x + side))
-        noise = noise_from_seeds(seeds, f"window {number}", model.device)
+        noise = RandomRows(seeds, f"window {number}", model.device).normal
         canvas[window] = _fill(model, canvas[window], unknown[window], noise, num_resamples, wanted)
         unknown[window] = False
     return canvas
@@ -301,7 +301,7 @@ def interpolate(
         raise UserError(f"{num_frames} frames; a way from one sample to another has 2 or more")
     if along == "z":
         _check_z(model)
-    a, b = (noise_from_seeds([seed] * num_frames, SAMPLE_STREAM, model.device) for seed in (seed_a, seed_b))
+    a, b = (RandomRows([seed] * num_frames, SAMPLE_STREAM, model.device).normal for seed in (seed_a, seed_b))
     fractions = torch.linspace(0, 1, num_frames, dtype=torch.float64)
     moving, staying = partial(slerp, fractions=fractions), partial(slerp, fractions=torch.zeros_like(fractions))
     z_noise = together(a, b, staying if along == "x_T" else moving)
@@ -332,7 +332,7 @@ def mix_styles(
     num_steps = sampler.num_steps or model.diffusion.num_steps
     if not 0 <= switch_step <= num_steps:
         raise UserError(f"switch_step {switch_step}: the model is sampled in {num_steps} steps; choose 0 to that many")
-    own, style = (noise_from_seeds(each, SAMPLE_STREAM, model.device) for each in (seeds, style_seeds))
+    own, style = (RandomRows(each, SAMPLE_STREAM, model.device).normal for each in (seeds, style_seeds))
     steps = itertools.count(num_steps, -1)  # z is drawn once a step
     z_noise = together(own, style, lambda a, b: b if next(steps) <= switch_step else a)
     x_noise = together(own, style, lambda a, b: a)

@@ -23,9 +23,9 @@ from ldgan.diffusion.samplers import Callback, Denoiser, Noise, Process, Sampler
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.cli import UserError
 from ldgan.engine.images import to_uint8
+from ldgan.engine.philox import RandomRows
 from ldgan.engine.rebuilding import field, load_network, read_numbers
 from ldgan.engine.run import resolve_checkpoint, run_of
-from ldgan.engine.seeding import generator, noise_from_seeds
 from ldgan.inference.descriptions import DataDescription, ProcessDescription, TextDescription
 from ldgan.inference.trained_classifier import load_classifier
 from ldgan.models.classifier import Classifier
@@ -101,7 +101,7 @@ class TrainedModel:
         A class-conditional model without ``labels`` draws them, uniformly, from the seeds; one that knows text, given
         as of `encode_prompts`, one for each seed, samples unconditionally without.
         """
-        noise, known = noise_from_seeds(seeds, "sample", self.device), self.labels(seeds, labels)
+        noise, known = RandomRows(seeds, "sample", self.device).normal, self.labels(seeds, labels)
         return self.run(noise, noise, known, sampler or SamplerConfig(), text=text, callback=callback)
 
     def run(
@@ -188,8 +188,7 @@ class TrainedModel:
         if labels is None:
             if self.network.num_classes == 0:
                 return None
-            random = [generator("cpu", "label", seed) for seed in seeds]
-            labels = [int(torch.randint(self.network.num_classes, (), generator=each)) for each in random]
+            return RandomRows(seeds, "label", self.device).integers(0, self.network.num_classes, (1,)).flatten()
         return torch.tensor(labels, device=self.device)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Text:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.inference.text import Text
+from ldgan.engine.philox import Random
 
 
 class Conditions(NamedTuple):
@@ -57,12 +58,12 @@ def without_rows(text: Text) -> Text:
     return Text(text.embeddings, torch.zeros_like(text.mask))
 
 
-def drop_text(text: Text, probability: float, random: torch.Generator) -> Text:
+def drop_text(text: Text, probability: float, random: Random) -> Text:
     """Leave out a share of the texts: they keep no row.
 
     So one network learns p(x_0 | text) and p(x_0) (Ho and Salimans, arXiv 2207.12598, Algorithm 1).
     """
-    kept = torch.rand(len(text.mask), generator=random, device=text.mask.device) >= probability
+    kept = random.uniform((len(text.mask),)) >= probability
     return Text(text.embeddings, text.mask & kept[:, None])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldgan.diffusion.process import Diffusion
+from ldgan.engine.philox import Random
 from ldgan.metrics.modes import mode_coverage
 
 HIGH_QUALITY_STDS = 3.0
@@ -27,10 +28,10 @@ class GaussianMixture:
         for name in ("weights", "means", "stds"):
             object.__setattr__(self, name, getattr(self, name).double())
 
-    def sample(self, num_samples: int, random: torch.Generator) -> Tensor:
+    def sample(self, num_samples: int, random: Random) -> Tensor:
         """Samples, fp32 (N, d)."""
-        component = torch.multinomial(self.weights, num_samples, replacement=True, generator=random)
-        noise = torch.randn(num_samples, self.means.shape[1], generator=random, dtype=torch.float64)
+        component = random.choices(self.weights, num_samples)
+        noise = random.normal((num_samples, self.means.shape[1])).double()
         return (self.means[component] + self.stds[component, None] * noise).float()
 
     def density(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldgan.diffusion.process import Diffusion
 from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import noise_like
+from ldgan.engine.philox import Random
 from ldgan.models.classifier import Classifier
 from ldgan.training.data import DataSource
 
@@ -48,22 +48,22 @@ class ClassifierTrainer:
         self._accumulation.average(self._ema, self._classifier, step)
         return mean_terms(terms)
 
-    def terms(self, x_0: Tensor, labels: Tensor, random: torch.Generator) -> dict[str, Tensor]:
+    def terms(self, x_0: Tensor, labels: Tensor, random: Random) -> dict[str, Tensor]:
         """Cross-entropy in nats, and the accuracy (0 to 1) in each quarter of 1..T: ``accuracy_1`` has least noise."""
         t = spread_timesteps(len(x_0), self._diffusion.num_steps, random)
-        logits = self._reduced_classifier(self._diffusion.diffuse(x_0, t, noise_like(x_0, random)), t)
+        logits = self._reduced_classifier(self._diffusion.diffuse(x_0, t, random.normal_like(x_0)), t)
         right = (logits.detach().argmax(dim=1) == labels).float()
         parts = right.tensor_split(min(NUM_PARTS, len(right)))  # t rises along the batch
         accuracies = {f"accuracy_{number}": part.mean() for number, part in enumerate(parts, start=1)}
         return {"loss": F.cross_entropy(logits, labels), **accuracies}
 
 
-def spread_timesteps(batch_size: int, num_steps: int, random: torch.Generator) -> Tensor:
+def spread_timesteps(batch_size: int, num_steps: int, random: Random) -> Tensor:
     """t in 1..T, int64 (B,) and rising: one uniform draw from each of B equal parts of the range.
 
     A batch as a whole is uniform over 1..T, at less variance than independent draws. Rows of a batch are in random
     order anyway, so that sample and t stay independent of each other.
     """
     positions = torch.arange(batch_size, device=random.device, dtype=torch.float64)
-    shares = positions + torch.rand(batch_size, generator=random, device=random.device, dtype=torch.float64)
+    shares = positions + random.uniform((batch_size,))
     return 1 + (num_steps * shares / batch_size).long().clamp(max=num_steps - 1)

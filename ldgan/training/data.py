@@ -23,6 +23,7 @@ from data_prep.urls import check_no_secrets
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import MISSING, option
 from ldgan.engine.files import new_folder
+from ldgan.engine.philox import Random
 from ldgan.inference.trained_model import AUTOENCODER_FOLDER, TEXT_ENCODER_FOLDER
 from ldgan.models.conditions import Prompts
 
@@ -105,7 +106,7 @@ class DataSource:
     shape: tuple[int, int, int]
     description: ClassVar[str]
 
-    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], noise: Random) -> Tensor:
         """x_0, (B, *shape), of a batch of the dataset, on the device of ``noise``."""
         raise NotImplementedError
 
@@ -143,7 +144,7 @@ class StoredLatents(DataSource):
     sample_posterior: bool
     description: ClassVar[str] = "latents read from latent shards"
 
-    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], noise: Random) -> Tensor:
         """Sample the posteriors of the batch, or take their means."""
         mean, std = batch["mean"].to(noise.device), batch["std"].to(noise.device)
         return draw(mean, std, noise) if self.sample_posterior else mean
@@ -158,7 +159,7 @@ class EncodedImages(DataSource):
     description: ClassVar[str] = "image shards, encoded on the fly (autoencoder/encode.py would do it once)"
 
     @torch.no_grad()
-    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], noise: Random) -> Tensor:
         """Encode the batch and sample the posteriors, or take their means."""
         posterior = self.autoencoder.encode(batch["image"].to(noise.device))
         return draw(posterior.mean, posterior.std, noise) if self.sample_posterior else posterior.mean
@@ -170,7 +171,7 @@ class Pixels(DataSource):
 
     description: ClassVar[str] = "pixels of image shards"
 
-    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], noise: Random) -> Tensor:
         """The images of the batch."""
         return batch["image"].to(noise.device)
 
@@ -326,10 +327,10 @@ def first_captions(source: DataSource, num: int, device: torch.device | str) -> 
     return Prompts(captions, source.text(batch, device))
 
 
-def drop_labels(labels: Tensor, probability: float, num_classes: int, random: torch.Generator) -> Tensor:
+def drop_labels(labels: Tensor, probability: float, num_classes: int, random: Random) -> Tensor:
     """Replace a share of the labels, int64 (B,), by ``num_classes``, which says "no label".
 
     So one network learns p(x_0 | label) and p(x_0) (Ho and Salimans, arXiv 2207.12598, Algorithm 1).
     """
-    dropped = torch.rand(len(labels), generator=random, device=labels.device) < probability
+    dropped = random.uniform(labels.shape) < probability
     return labels.masked_fill(dropped, num_classes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ldgan.diffusion.process import Diffusion, Predicts, Variance
 from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import noise_like
+from ldgan.engine.philox import Random
 from ldgan.models.unet import UNet
 from ldgan.training.data import DataSource, drop_labels
 from ldgan.training.losses import simple_loss, variational_bound
@@ -68,14 +68,14 @@ class DDPMTrainer:
         self._accumulation.average(self._learner.ema, self._learner.network, step)
         return mean_terms(terms)
 
-    def losses(self, x_0: Tensor, labels: Tensor | None, random: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, x_0: Tensor, labels: Tensor | None, random: Random) -> dict[str, Tensor]:
         """L_simple and, with a learned variance, an estimate of the variational bound in bits per dimension.
 
         t is uniform on 1..T, so T times the mean of the terms L_{t-1} estimates their sum. The term L_T of the
         bound depends on no weight and is left out.
         """
-        t = torch.randint(1, self._diffusion.num_steps + 1, (len(x_0),), generator=random, device=x_0.device)
-        noise = noise_like(x_0, random)
+        t = random.integers(1, self._diffusion.num_steps + 1, (len(x_0),))
+        noise = random.normal_like(x_0)
         x_t = self._diffusion.diffuse(x_0, t, noise)
         if labels is not None:
             labels = drop_labels(labels, self._label_dropout, self._learner.network.num_classes, random)

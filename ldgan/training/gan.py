@@ -25,7 +25,7 @@ from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import option
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import noise_like
+from ldgan.engine.philox import Random
 from ldgan.models.conditions import Conditions, drop_text, mismatched
 from ldgan.models.discriminator import Discriminator
 from ldgan.models.unet import UNet
@@ -166,7 +166,7 @@ class DiffusionGANTrainer:
         # through its wrapper; the other player only serves there, as the bare network.
         self._reduced_generator = accumulation.prepare(players.generator)
         self._reduced_discriminator = accumulation.prepare(players.discriminator)
-        self._timestep_weights = torch.tensor(timestep_weights, device=accumulation.device)
+        self._timestep_weights = torch.tensor(timestep_weights, dtype=torch.float64, device=accumulation.device)
 
     def step(
         self, step: int, source: DataSource, batches: Iterator[dict[str, Tensor]], progress: float
@@ -212,7 +212,7 @@ class DiffusionGANTrainer:
         self._accumulation.average(self._players.ema, self._players.generator, step)
         return mean_terms(terms)
 
-    def discriminator_losses(self, batch: Batch, random: torch.Generator, penalise: bool) -> dict[str, Tensor]:
+    def discriminator_losses(self, batch: Batch, random: Random, penalise: bool) -> dict[str, Tensor]:
         """Adversarial loss and, with ``penalise``, the weighted penalties: R1 on real and R2 on fake samples.
 
         With a mismatch weight also the weighted loss of real samples beside the caption of the batch's next sample,
@@ -244,7 +244,7 @@ class DiffusionGANTrainer:
                 terms[name] = 0.5 * gamma * self._squared_gradient(judge, x, logits, random)
         return terms
 
-    def generator_losses(self, batch: Batch, random: torch.Generator, adversarial: bool) -> dict[str, Tensor]:
+    def generator_losses(self, batch: Batch, random: Random, adversarial: bool) -> dict[str, Tensor]:
         """L1 distance and energy score of the estimates, and the adversarial loss if asked; all unweighted.
 
         Estimated is x_0 or, where that is what the generator predicts, x_{t-1}. A one-shot sample belongs to no
@@ -282,7 +282,7 @@ class DiffusionGANTrainer:
         labels = source.labels(batch, x_0.device) if generator.num_classes > 0 else None
         return Batch(x_0, labels, source.text(batch, x_0.device) if generator.text_dim > 0 else None)
 
-    def _draw(self, batch: Batch, random: torch.Generator) -> Drawn:
+    def _draw(self, batch: Batch, random: Random) -> Drawn:
         """Labels, captions, t in 1..T for each sample, by the timestep weights, and (x_{t-1}, x_t) ~ q given x_0."""
         x_0, labels, text = batch
         if labels is not None:
@@ -292,13 +292,13 @@ class DiffusionGANTrainer:
             labels = drop_labels(labels, self._label_dropout, self._players.generator.num_classes, random)
         if text is not None:
             text = drop_text(text, self._caption_dropout, random)
-        t = 1 + torch.multinomial(self._timestep_weights, len(x_0), replacement=True, generator=random)
+        t = 1 + random.choices(self._timestep_weights, len(x_0))
         if self._one_shot:
-            return Drawn(self._diffusion.diffuse(x_0, t - 1, noise_like(x_0, random)), None, t, labels, text)
-        real, x_t = self._diffusion.pair(x_0, t, noise_like(x_0, random), noise_like(x_0, random))
+            return Drawn(self._diffusion.diffuse(x_0, t - 1, random.normal_like(x_0)), None, t, labels, text)
+        real, x_t = self._diffusion.pair(x_0, t, random.normal_like(x_0), random.normal_like(x_0))
         return Drawn(real, x_t, t, labels, text)
 
-    def _fake(self, generator: nn.Module, drawn: Drawn, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _fake(self, generator: nn.Module, drawn: Drawn, random: Random) -> tuple[Tensor, Tensor]:
         """A fake x_{t-1} and the generator's estimate behind it: of x_0, or of x_{t-1} if it predicts that.
 
         x_{t-1} ~ q(x_{t-1} | x_t, x_0 = G(x_t, z, t)) or, in a one-shot game, q(x_{t-1} | x_0 = G(x_T, z, T)) from a
@@ -306,21 +306,19 @@ class DiffusionGANTrainer:
         """
         x_t, t = drawn.x_t, drawn.t
         if x_t is None:
-            x_t, t = noise_like(drawn.real, random), torch.full_like(t, self._diffusion.num_steps)
+            x_t, t = random.normal_like(drawn.real), torch.full_like(t, self._diffusion.num_steps)
         z_dim = self._players.generator.z_dim
-        z = torch.randn(len(t), z_dim, generator=random, device=t.device) if z_dim > 0 else None
+        z = random.normal((len(t), z_dim)) if z_dim > 0 else None
         output = generator(x_t, z, t, **drawn.conditions)
-        noise = noise_like(x_t, random)
+        noise = random.normal_like(x_t)
         if self._one_shot:
             return self._diffusion.diffuse(output, drawn.t - 1, noise), output
         denoised = self._diffusion.denoised(output, x_t, t, self._predicts)
         return denoised.sample(noise), denoised.x_0
 
-    def _squared_gradient(
-        self, judge: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor, random: torch.Generator
-    ) -> Tensor:
+    def _squared_gradient(self, judge: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor, random: Random) -> Tensor:
         """E ||grad D||^2 at ``x``, whose ``logits`` are known, as the config wants it."""
         if self._loss.penalty == "gradient":
             return gradient_penalty(logits, x)
         epsilon = self._loss.penalty_epsilon
-        return finite_difference_penalty(logits, judge(x + epsilon * noise_like(x, random)), epsilon)
+        return finite_difference_penalty(logits, judge(x + epsilon * random.normal_like(x)), epsilon)

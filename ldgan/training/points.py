@@ -15,6 +15,7 @@ from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.ema import EMA
 from ldgan.engine.optimization import OptimizerConfig, adamw, learning_rate, set_learning_rate
+from ldgan.engine.philox import Random
 from ldgan.engine.progress import progress_bar
 from ldgan.engine.session import make_accelerator
 from ldgan.inference.trained_model import TrainedModel
@@ -123,7 +124,7 @@ class Points(Protocol):
         """Of its modes, (M, d)."""
         ...
 
-    def sample(self, num_samples: int, random: torch.Generator, /) -> Tensor:
+    def sample(self, num_samples: int, random: Random, /) -> Tensor:
         """Draw points."""
         ...
 
@@ -135,7 +136,7 @@ class PointSource:
     points: Points
     batch_size: int
 
-    def x_0(self, batch: dict[str, Tensor], random: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], random: Random) -> Tensor:
         """Points (B, d, 1, 1): images of a single pixel, so that all that works on images works on them."""
         return self.points.sample(self.batch_size, random)[:, :, None, None]
 

@@ -27,7 +27,7 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.ema import EMA
 from ldgan.engine.images import load_png, to_uint8
-from ldgan.engine.seeding import generator
+from ldgan.engine.philox import Random, key_of
 
 BATCH_SIZE, SEED, NUM_STEPS, NUM_LATENTS = 4, 3, 4, 6
 
@@ -92,8 +92,8 @@ def linear_decoder(autoencoder: AutoencoderKL) -> AutoencoderKL:
 def test_targets_are_the_full_decoding_of_posterior_samples(tiny_autoencoder: AutoencoderFactory) -> None:
     autoencoder, light, batch = tiny_autoencoder(), new_light_decoder(), latents()
     autoencoder.set_latent_statistics(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]))
-    z, targets = new_trainer(autoencoder, light, descent(light)).pairs(batch, generator("cpu", 1))
-    noise = torch.randn(z.shape, generator=generator("cpu", 1))
+    z, targets = new_trainer(autoencoder, light, descent(light)).pairs(batch, Random(key_of(1), "cpu"))
+    noise = Random(key_of(1), "cpu").normal(z.shape)
     assert torch.equal(z, batch["mean"] + batch["std"] * noise)
     raw = z * torch.tensor([0.5, 3.0])[:, None, None] + torch.tensor([1.0, -2.0])[:, None, None]
     torch.testing.assert_close(targets, autoencoder.decoder(raw))
@@ -105,8 +105,8 @@ def test_images_are_encoded_as_stored_latents_would_be(tiny_autoencoder: Autoenc
     trainer = new_trainer(autoencoder, light, descent(light))
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     posterior = autoencoder.encode(images)
-    stored = trainer.pairs({"mean": posterior.mean, "std": posterior.std}, generator("cpu", 1))
-    torch.testing.assert_close(trainer.pairs({"image": images}, generator("cpu", 1)), stored)
+    stored = trainer.pairs({"mean": posterior.mean, "std": posterior.std}, Random(key_of(1), "cpu"))
+    torch.testing.assert_close(trainer.pairs({"image": images}, Random(key_of(1), "cpu")), stored)
 
 
 @pytest.mark.parametrize("perceptual", [None, FarthestPixel()])
@@ -127,7 +127,8 @@ def test_a_step_moves_the_light_decoder_alone_by_the_mean_gradient(tiny_autoenco
     before, start = fingerprint(autoencoder), weights(light)
     each = []
     for number, batch in enumerate(batches):
-        loss = trainer.losses(*trainer.pairs(batch, generator("cpu", SEED, "posterior", 5, number)))["loss"]
+        random = Random(key_of(SEED, "posterior"), "cpu", step=5, part=number)
+        loss = trainer.losses(*trainer.pairs(batch, random))["loss"]
         each.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(light.parameters()))]))
     for parameter in light.parameters():
         parameter.grad = torch.ones_like(parameter)  # left behind by an earlier step, to be forgotten

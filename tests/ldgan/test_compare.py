@@ -28,7 +28,7 @@ from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict
 from ldgan.engine.images import image_grid, load_png, to_uint8
-from ldgan.engine.seeding import noise_from_seeds
+from ldgan.engine.philox import RandomRows
 from ldgan.evaluation.judging import REAL_IMAGES_SEED, judge_images, real_images
 from ldgan.inference import timing
 from ldgan.inference.timing import Cost
@@ -146,7 +146,7 @@ def test_each_row_is_judged_by_the_images_of_its_seeds(folder, judge, run_compar
         "gan": gan.decode(gan.sample(seeds)),
         "ddpm": ddpm.decode(ddpm.sample(seeds)),
         "ddim": ddpm.decode(ddpm.sample(seeds, sampler=SamplerConfig("ddim", 4))),
-        "prior": to_uint8(autoencoder.decode(noise_from_seeds(seeds, "prior sample", "cpu")(SHAPE))),
+        "prior": to_uint8(autoencoder.decode(RandomRows(seeds, "prior sample", "cpu").normal(SHAPE))),
         "real images": reference_images(REAL_IMAGES_SEED + 1),
     }
     assert list(results) == list(images)

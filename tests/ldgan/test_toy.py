@@ -17,6 +17,7 @@ from ldgan import toy
 from ldgan.diffusion.process import Diffusion, vp_betas
 from ldgan.engine.cli import UserError
 from ldgan.engine.images import load_png
+from ldgan.engine.philox import Random, key_of
 from ldgan.reports.mixtures import GaussianMixture, grid_quality, histogram_masses, total_variation
 
 WEIGHTS, MEANS, STDS = (0.2, 0.5, 0.3), (-1.2, 0.1, 0.9), (0.1, 0.25, 0.15)
@@ -66,7 +67,7 @@ def test_the_diffused_mixture_is_an_integral_over_x_0() -> None:
 
 def test_the_denoising_distributions_of_all_x_t_make_up_q_of_x_previous() -> None:
     # In two dimensions: the mean over x_t ~ q(x_t) of q(x_{t-1} | x_t) is q(x_{t-1}).
-    diffusion, random = Diffusion(vp_betas(2)), torch.Generator().manual_seed(0)
+    diffusion, random = Diffusion(vp_betas(2)), Random(key_of(0), "cpu")
     points = torch.tensor([[0.5, -0.2], [-0.7, -0.7]])
     x_t = CORNERS.diffused(diffusion, 2).sample(1000, random)
     densities = torch.stack([CORNERS.denoising(diffusion, x, 2).density(points) for x in x_t])
@@ -91,7 +92,7 @@ def test_the_denoising_distribution_becomes_gaussian_as_steps_shrink() -> None:
 
 def test_the_matched_gaussian_has_the_mean_and_variance_of_samples() -> None:
     gaussian = MIXTURE.matched_gaussian()
-    samples = MIXTURE.sample(200_000, torch.Generator().manual_seed(0)).double()
+    samples = MIXTURE.sample(200_000, Random(key_of(0), "cpu")).double()
     assert gaussian.means.item() == pytest.approx(samples.mean().item(), abs=0.01)
     assert gaussian.stds.item() == pytest.approx(samples.std().item(), abs=0.01)
 
@@ -102,7 +103,7 @@ def test_bin_masses_are_integrals_of_the_density_and_miss_nothing() -> None:
     cumulative = sum(weight * norm.cdf(edges, mean, std) for weight, mean, std in zip(WEIGHTS, MEANS, STDS))
     torch.testing.assert_close(masses[1:-1], torch.from_numpy(np.diff(cumulative)[1:-1]))
     assert masses.sum().item() == pytest.approx(1.0, abs=1e-12)
-    samples = MIXTURE.sample(100_000, torch.Generator().manual_seed(0))[:, 0]
+    samples = MIXTURE.sample(100_000, Random(key_of(0), "cpu"))[:, 0]
     torch.testing.assert_close(histogram_masses(samples, edges), masses, atol=0.008, rtol=0.0)
 
 
@@ -125,7 +126,7 @@ def test_quality_of_points_placed_by_hand() -> None:
 
 
 def test_quality_of_real_points_and_of_a_single_mode() -> None:
-    samples = toy.GRID_25.sample(20_000, torch.Generator().manual_seed(0))
+    samples = toy.GRID_25.sample(20_000, Random(key_of(0), "cpu"))
     quality = grid_quality(samples, toy.GRID_25)
     assert quality.num_covered == 25
     assert quality.high_quality == pytest.approx(1 - math.exp(-4.5), abs=0.004)  # P(chi_2 < 3), Rayleigh

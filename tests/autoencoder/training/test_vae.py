@@ -42,7 +42,7 @@ from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
 from ldgan.engine.images import error_maps
-from ldgan.engine.seeding import generator
+from ldgan.engine.philox import Random, key_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,18 +139,18 @@ def gradients(network: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(network.parameters()))])
 
 
-def losses(game: Game, x: Tensor, noise: torch.Generator, adversary: Adversary | None = None) -> dict[str, Tensor]:
+def losses(game: Game, x: Tensor, noise: Random, adversary: Adversary | None = None) -> dict[str, Tensor]:
     return game.trainer.autoencoder_losses(x, game.trainer.reconstruct(x, noise), adversary)
 
 
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_the_loss_without_extras_equals_its_sum_by_hand(new_game: Any, distance: str) -> None:
     game, x = new_game(loss=LossConfig(distance=distance, kl_weight=0.3)), images()
-    terms = losses(game, x, generator("cpu", 1))
+    terms = losses(game, x, Random(key_of(1), "cpu"))
 
     mean, log_variance = game.autoencoder.encoder(x).chunk(2, dim=1)
     std = (log_variance / 2).exp()
-    difference = game.autoencoder.decoder(mean + std * torch.randn(mean.shape, generator=generator("cpu", 1))) - x
+    difference = game.autoencoder.decoder(mean + std * Random(key_of(1), "cpu").normal(mean.shape)) - x
     pixels = difference.abs().mean() if distance == "l1" else difference.square().mean()
     kl = kl_divergence(Normal(mean, std), Normal(0.0, 1.0)).mean()
     torch.testing.assert_close(terms, {"loss": pixels + 0.3 * kl, "reconstruction": pixels, "kl": kl})
@@ -161,9 +161,9 @@ def test_the_loss_with_all_terms_equals_its_sum_by_hand(new_game: Any, kind: str
     loss = LossConfig(kl_weight=0.3, learned_variance=True)
     game, x = new_game(loss=loss, perceptual=True, adversarial=game_of(kind=kind)), images()
     game.players.log_variance.value.data.fill_(-0.4)
-    terms = losses(game, x, generator("cpu", 1), game.adversary)
+    terms = losses(game, x, Random(key_of(1), "cpu"), game.adversary)
 
-    reconstruction = game.autoencoder(x, torch.randn(4, 2, 4, 4, generator=generator("cpu", 1)))
+    reconstruction = game.autoencoder(x, Random(key_of(1), "cpu").normal((4, 2, 4, 4)))
     pixels = (reconstruction.images - x).abs().mean()
     perceptual = (reconstruction.images - x).diff(dim=-1).square().mean()
     likelihood = (pixels + PERCEPTUAL_WEIGHT * perceptual) / math.exp(-0.4) - 0.4
@@ -189,14 +189,14 @@ def test_the_loss_with_all_terms_equals_its_sum_by_hand(new_game: Any, kind: str
 
 def test_without_the_adaptive_weight_the_adversarial_loss_has_its_weight_alone(new_game: Any) -> None:
     game = new_game(loss=LossConfig(kl_weight=0.0), adversarial=game_of(adaptive=False))
-    terms = losses(game, images(), generator("cpu", 1), game.adversary)
+    terms = losses(game, images(), Random(key_of(1), "cpu"), game.adversary)
     torch.testing.assert_close(terms["loss"], terms["reconstruction"] + ADVERSARIAL_WEIGHT * terms["adversarial"])
     assert "adaptive_weight" not in terms
 
 
 def test_the_adaptive_weight_makes_both_losses_pull_in_proportion_at_the_last_layer(new_game: Any) -> None:
     game, x = new_game(loss=LossConfig(kl_weight=0.0), adversarial=game_of()), images()
-    terms = losses(game, x, generator("cpu", 1), game.adversary)
+    terms = losses(game, x, Random(key_of(1), "cpu"), game.adversary)
     last = game.autoencoder.decoder.conv_out.weight
     both, alone = (torch.autograd.grad(terms[k], last, retain_graph=True)[0] for k in ("loss", "reconstruction"))
     # The small constant in its denominator makes it a little less.
@@ -218,7 +218,7 @@ def test_the_autoencoders_step_moves_the_autoencoder_alone(new_game: Any) -> Non
 
 def test_the_adversarial_loss_reaches_encoder_and_decoder(new_game: Any) -> None:
     game = new_game(adversarial=game_of(adaptive=False))
-    terms = losses(game, images(), generator("cpu", 1), game.adversary)
+    terms = losses(game, images(), Random(key_of(1), "cpu"), game.adversary)
     gradient = torch.autograd.grad(terms["adversarial"], list(game.autoencoder.parameters()))
     assert all(part.any() for part in gradient)
 
@@ -226,7 +226,7 @@ def test_the_adversarial_loss_reaches_encoder_and_decoder(new_game: Any) -> None
 def test_the_discriminators_step_moves_the_discriminator_alone(new_game: Any) -> None:
     game = new_game(adversarial=game_of())
     before, start = copy.deepcopy(game.autoencoder.state_dict()), weights(game.discriminator)
-    fakes = game.trainer.reconstruct(images(), generator("cpu", 1)).images.detach()
+    fakes = game.trainer.reconstruct(images(), Random(key_of(1), "cpu")).images.detach()
     real_logits, fake_logits = game.discriminator(images()), game.discriminator(fakes)
     loss = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
     gradient = gradients(game.discriminator, loss)
@@ -293,7 +293,7 @@ def test_micro_batches_give_the_mean_of_their_gradients_to_both_players(new_game
     starts = weights(game.autoencoder), weights(game.discriminator)
     autoencoder_gradients, discriminator_gradients = [], []
     for number, x in enumerate(halves):
-        reconstruction = game.trainer.reconstruct(x, generator("cpu", SEED, "posterior", 5, number))
+        reconstruction = game.trainer.reconstruct(x, Random(key_of(SEED, "posterior"), "cpu", step=5, part=number))
         terms = game.trainer.autoencoder_losses(x, reconstruction, game.adversary)
         autoencoder_gradients.append(gradients(game.autoencoder, terms["loss"]))
         real_logits, fake_logits = game.discriminator(x), game.discriminator(reconstruction.images.detach())

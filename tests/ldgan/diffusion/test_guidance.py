@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldgan.diffusion.guidance import classifier_free, classifier_gradient
 from ldgan.diffusion.process import Denoised, Diffusion, linear_betas, vp_betas
 from ldgan.diffusion.samplers import Denoiser, Guidance, ancestral, ddim
-from ldgan.engine.seeding import noise_from_seeds
+from ldgan.engine.philox import RandomRows
 from ldgan.models.conditions import Conditions
 
 SHAPE = (2, 4, 4)
@@ -111,7 +111,7 @@ def test_a_classifier_is_told_the_timesteps_that_it_was_trained_on() -> None:
 
 
 def test_scale_0_is_unguided_bit_for_bit() -> None:
-    diffusion, noise = Diffusion(vp_betas(4)), (lambda: noise_from_seeds([1, 2, 3], "sample", "cpu"))
+    diffusion, noise = Diffusion(vp_betas(4)), (lambda: RandomRows([1, 2, 3], "sample", "cpu").normal)
     labels = torch.tensor([0, 1, 1])
 
     def denoiser(x_t: Tensor, t: Tensor) -> Denoised:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ldgan.diffusion.process import Denoised, Diffusion, linear_betas, vp_betas
 from ldgan.diffusion.samplers import Denoiser, Noise, SamplerConfig, ancestral, ddim
-from ldgan.engine.seeding import noise_from_seeds
+from ldgan.engine.philox import RandomRows
 from ldgan.inference.trained_model import TrainedModel
 from ldgan.models.unet import UNet, UNetConfig
 
@@ -16,7 +16,7 @@ SHAPE, Z_DIM = (2, 4, 4), 3
 
 
 def seeded(seeds: list[int]) -> Noise:
-    return noise_from_seeds(seeds, "test", "cpu")
+    return RandomRows(seeds, "test", "cpu").normal
 
 
 def denoiser_of(diffusion: Diffusion, estimate) -> Denoiser:

@@ -10,7 +10,7 @@ from ldgan.diffusion.process import Denoised, Diffusion, betas_of, geometric_bet
 from ldgan.diffusion.samplers import Process, SamplerConfig, ancestral, ddim
 from ldgan.engine.cli import UserError
 from ldgan.engine.images import to_uint8
-from ldgan.engine.seeding import noise_from_seeds
+from ldgan.engine.philox import RandomRows
 from ldgan.inference.editing import (
     edit,
     encode_images,
@@ -119,7 +119,7 @@ def test_an_edit_from_pure_noise_is_the_sample_of_the_seed(method: str) -> None:
 
 def test_an_edit_noises_and_denoises_by_the_posterior(model: TrainedModel) -> None:
     # Step 1 by hand: x_1 ~ q(x_1 | x_0), then the network's x_0 itself.
-    images, noise = random_images(1), noise_from_seeds([5], "sample", "cpu")
+    images, noise = random_images(1), RandomRows([5], "sample", "cpu").normal
     bar = model.diffusion.alphas_bar[1].item()
     x_1 = bar**0.5 * encode_images(model, images) + (1 - bar) ** 0.5 * noise(model.data_shape)
     expected = to_uint8(model.network(x_1, noise((3,)), torch.tensor([1])))
@@ -186,7 +186,7 @@ def test_a_samplers_steps_are_those_of_its_loop(eta: float) -> None:
 
 
 def noises():
-    return noise_from_seeds([1, 2], "test", "cpu")
+    return RandomRows([1, 2], "test", "cpu").normal
 
 
 CORRELATION, KNOWN = 0.9, 1.5  # of two standard normal variables, and the value of the first

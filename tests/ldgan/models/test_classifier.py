@@ -22,6 +22,7 @@ from ldgan.diffusion.process import Diffusion, build_diffusion, linear_betas
 from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.ema import EMA
+from ldgan.engine.philox import Random, key_of
 from ldgan.inference.trained_classifier import load_classifier, same_process
 from ldgan.models.classifier import ClassifierConfig, build_classifier
 from ldgan.training.classifier import ClassifierTrainer, spread_timesteps
@@ -54,7 +55,7 @@ class KnowsLittleNoise(nn.Module):
 class Batches:
     """A data source whose batches are x_0 and labels themselves."""
 
-    def x_0(self, batch: dict[str, Tensor], noise: torch.Generator) -> Tensor:
+    def x_0(self, batch: dict[str, Tensor], noise: Random) -> Tensor:
         return batch["x_0"]
 
     def labels(self, batch: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -109,14 +110,16 @@ def test_it_sees_every_noise_level_of_the_process() -> None:
 
 
 def test_accuracy_is_told_apart_by_quarters_of_t() -> None:
-    terms = new_trainer(KnowsLittleNoise()).terms(torch.zeros(16, *SHAPE), torch.zeros(16).long(), torch.Generator())
+    terms = new_trainer(KnowsLittleNoise()).terms(
+        torch.zeros(16, *SHAPE), torch.zeros(16).long(), Random(key_of(0), "cpu")
+    )
     accuracies = [terms[f"accuracy_{number}"].item() for number in (1, 2, 3, 4)]
     assert accuracies == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("batch_size", "num_steps"), [(8, 1000), (4, 3), (1, 5), (6, 1)])
 def test_timesteps_are_spread_and_uniform(batch_size: int, num_steps: int) -> None:
-    random = torch.Generator().manual_seed(0)
+    random = Random(key_of(0), "cpu")
     draws = torch.stack([spread_timesteps(batch_size, num_steps, random) for _ in range(2000)])
     assert bool((draws.diff(dim=1) >= 0).all())
     # Row i has the i-th share of the range.

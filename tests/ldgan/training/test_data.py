@@ -12,6 +12,7 @@ from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.train import TrainConfig
 from data_prep.shards import ShardWriter
 from ldgan.engine.cli import UserError
+from ldgan.engine.philox import Random, key_of
 from ldgan.training.data import DataConfig, EncodedImages, Pixels, StoredLatents, open_source
 
 
@@ -34,11 +35,11 @@ def latent_shards(tmp_path: Path, autoencoder: AutoencoderKL) -> str:
 def test_stored_and_fresh_posteriors_give_the_same_x_0(autoencoder: AutoencoderKL) -> None:
     images = torch.rand(3, 3, 8, 8) * 2 - 1
     posterior = autoencoder.encode(images)
-    random = [torch.Generator().manual_seed(5) for _ in range(2)]
+    random = [Random(key_of(5), "cpu") for _ in range(2)]
     stored = StoredLatents(None, (2, 4, 4), True).x_0({"mean": posterior.mean, "std": posterior.std}, random[0])
     fresh = EncodedImages(None, (2, 4, 4), True, autoencoder).x_0({"image": images}, random[1])
     torch.testing.assert_close(stored, fresh)
-    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(5))
+    noise = Random(key_of(5), "cpu").normal((3, 2, 4, 4))
     torch.testing.assert_close(stored, posterior.mean + posterior.std * noise)
 
 
@@ -46,7 +47,7 @@ def test_the_mean_of_the_posterior_is_taken_where_no_sample_is_asked_for(autoenc
     images = torch.rand(3, 3, 8, 8) * 2 - 1
     posterior = autoencoder.encode(images)
     batch = {"mean": posterior.mean, "std": posterior.std}
-    random = torch.Generator()
+    random = Random(key_of(0), "cpu")
     assert torch.equal(StoredLatents(None, (2, 4, 4), False).x_0(batch, random), posterior.mean)
     fresh = EncodedImages(None, (2, 4, 4), False, autoencoder).x_0({"image": images}, random)
     torch.testing.assert_close(fresh, posterior.mean)
@@ -54,7 +55,7 @@ def test_the_mean_of_the_posterior_is_taken_where_no_sample_is_asked_for(autoenc
 
 def test_pixels_are_the_images_themselves() -> None:
     images = torch.rand(2, 3, 8, 8)
-    assert torch.equal(Pixels(None, (3, 8, 8)).x_0({"image": images}, torch.Generator()), images)
+    assert torch.equal(Pixels(None, (3, 8, 8)).x_0({"image": images}, Random(key_of(0), "cpu")), images)
 
 
 def test_latent_shards_open_with_their_autoencoder(latent_shards: str, autoencoder: AutoencoderKL) -> None:

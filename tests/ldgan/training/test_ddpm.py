@@ -25,7 +25,7 @@ from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator
+from ldgan.engine.philox import Random, key_of
 from ldgan.inference.trained_model import build_unet, load_model
 from ldgan.models.unet import UNetConfig
 from ldgan.training.data import Pixels
@@ -101,10 +101,10 @@ def test_a_step_equals_the_equations_in_float64(predicts: str, variance: str) ->
     exact, start = in_double(network), weights(network).double()
     terms = trainer_of(network, predicts=predicts, variance=variance).step(3, SOURCE, iter([{"image": x_0}]))
 
-    random = generator("cpu", SEED, "network", 3, 0)  # the same t and noise again
-    t = torch.randint(1, NUM_STEPS + 1, (BATCH_SIZE,), generator=random)
+    random = Random(key_of(SEED, "network"), "cpu", step=3, part=0)  # the same t and noise again
+    t = random.integers(1, NUM_STEPS + 1, (BATCH_SIZE,))
     assert set(t.tolist()) >= {1, NUM_STEPS}
-    noise = torch.randn(x_0.shape, generator=random).double()
+    noise = random.normal(x_0.shape).double()
     x_0 = x_0.double()
     beta = cosine_betas(NUM_STEPS)[t - 1].reshape(-1, 1, 1, 1)
     alpha_bars = torch.cat([torch.ones(1), (1 - cosine_betas(NUM_STEPS)).cumprod(0)])
@@ -148,7 +148,7 @@ def variance_of_t_2(alpha_bars: Tensor) -> Tensor:
 
 def test_the_bound_teaches_the_variance_and_not_the_mean() -> None:
     network = tiny_network(learned_variance=True)
-    losses = trainer_of(network, variance="learned").losses(data(), None, generator("cpu", 0))
+    losses = trainer_of(network, variance="learned").losses(data(), None, Random(key_of(0), "cpu"))
     (of_bound,) = torch.autograd.grad(losses["vlb"], network.conv_out.weight, retain_graph=True)
     (of_simple,) = torch.autograd.grad(losses["simple"], network.conv_out.weight)
     assert (of_bound[:2] == 0).all()
@@ -186,7 +186,7 @@ def test_the_bound_of_the_true_reverse_process_is_the_datas_entropy(num_steps: i
     def losses(error: float) -> dict[str, Tensor]:
         network = BestForGaussianData(diffusion, std, error)
         trainer = trainer_of(network, diffusion, variance="learned")
-        return trainer.losses(x_0, None, generator("cpu", 1))
+        return trainer.losses(x_0, None, Random(key_of(1), "cpu"))
 
     bar = diffusion.alphas_bar[1:]
     of_x_0_given_x_T = 1 / (std**-2 + bar[-1] / (1 - bar[-1]))
@@ -202,7 +202,7 @@ def test_the_bound_of_the_true_reverse_process_is_the_datas_entropy(num_steps: i
 def test_every_timestep_is_drawn_equally_often() -> None:
     network, seen = tiny_network(), []
     network.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
-    trainer_of(network).losses(data(batch_size=5000), None, generator("cpu", 0))
+    trainer_of(network).losses(data(batch_size=5000), None, Random(key_of(0), "cpu"))
     counts = torch.bincount(seen[0], minlength=NUM_STEPS + 1)
     assert counts[0] == 0
     torch.testing.assert_close(counts[1:].float(), torch.full((5,), 1000.0), rtol=0, atol=5 * 800**0.5)
@@ -213,7 +213,7 @@ def test_labels_reach_the_network_but_for_the_share_that_is_dropped(share: float
     network, seen = tiny_network(num_classes=3), []
     network.register_forward_pre_hook(lambda module, given: seen.append(given[3]))
     labels = torch.arange(4000) % 3
-    trainer_of(network, label_dropout=share).losses(data(batch_size=4000), labels, generator("cpu", 0))
+    trainer_of(network, label_dropout=share).losses(data(batch_size=4000), labels, Random(key_of(0), "cpu"))
     dropped = seen[0] == 3
     assert torch.equal(seen[0][~dropped], labels[~dropped])
     assert abs(int(dropped.sum()) - expected) <= 5 * (4000 * share * (1 - share)) ** 0.5
@@ -232,7 +232,7 @@ def test_micro_batches_give_the_mean_of_their_gradients() -> None:
     trainer = trainer_of(network, variance="learned", num_micro_batches=2)
     start, batches, each = weights(network), [data(0, 4), data(1, 4)], []
     for number, x_0 in enumerate(batches):
-        losses = trainer.losses(x_0, None, generator("cpu", SEED, "network", 1, number))
+        losses = trainer.losses(x_0, None, Random(key_of(SEED, "network"), "cpu", step=1, part=number))
         each.append(gradients(network, losses["simple"] + 0.1 * losses["vlb"]))
     for parameter in network.parameters():  # what an earlier step leaves behind
         parameter.grad = torch.ones_like(parameter)

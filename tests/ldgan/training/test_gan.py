@@ -21,7 +21,7 @@ from ldgan.engine.accumulation import Accumulation
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator as random_generator
+from ldgan.engine.philox import Random, key_of
 from ldgan.models.discriminator import Discriminator, DiscriminatorConfig, Logits
 from ldgan.models.unet import UNet, UNetConfig
 from ldgan.train import TrainConfig
@@ -164,10 +164,10 @@ def test_a_step_of_both_players_equals_the_equations_in_float64(logits: Logits) 
 
     def play(player: str) -> tuple[Tensor, ...]:
         """t, x_0, x_{t-1}, x_t, and a fake x_{t-1} with the estimate behind it, of the player's own noise."""
-        random = random_generator("cpu", SEED, player, 1, 0)
-        t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
-        noises = [torch.randn(x_0.shape, generator=random).double() for _ in range(2)]
-        z, last = torch.randn(BATCH_SIZE, 3, generator=random).double(), torch.randn(x_0.shape, generator=random)
+        random = Random(key_of(SEED, player), "cpu", step=1, part=0)
+        t = 1 + random.choices(torch.ones(4).double(), BATCH_SIZE)
+        noises = [random.normal(x_0.shape).double() for _ in range(2)]
+        z, last = random.normal((BATCH_SIZE, 3)).double(), random.normal(x_0.shape)
         b, a_bar, previous = (torch.tensor([f(n) for n in t.tolist()], dtype=torch.float64).reshape(-1, 1, 1, 1)
                               for f in (beta.__getitem__, bar.__getitem__, lambda n: bar[n - 1]))  # fmt: skip
         x_previous = previous.sqrt() * x_0 + (1 - previous).sqrt() * noises[0]
@@ -214,7 +214,7 @@ def test_r1_comes_with_exactly_every_third_step() -> None:
 class Again:
     """What a player's step draws, drawn again from the same numbers; `random` goes on from there."""
 
-    random: torch.Generator
+    random: Random
     t: Tensor
     real: Tensor  # x_{t-1}
     x_t: Tensor
@@ -222,13 +222,13 @@ class Again:
     fake: Tensor  # x_{t-1} of a generator that predicts x_0
 
 
-def draw_again(game: Game, x_0: Tensor, random: torch.Generator) -> Again:
-    t = 1 + torch.multinomial(torch.ones(4), len(x_0), replacement=True, generator=random)
-    noises = [torch.randn(x_0.shape, generator=random) for _ in range(2)]
+def draw_again(game: Game, x_0: Tensor, random: Random) -> Again:
+    t = 1 + random.choices(torch.ones(4).double(), len(x_0))
+    noises = [random.normal(x_0.shape) for _ in range(2)]
     real, x_t = DIFFUSION.pair(x_0, t, *noises)
-    z = torch.randn(len(x_0), 3, generator=random)
+    z = random.normal((len(x_0), 3))
     estimate = game.generator(x_t, z, t)
-    fake = DIFFUSION.posterior(estimate, x_t, t).sample(torch.randn(x_0.shape, generator=random))
+    fake = DIFFUSION.posterior(estimate, x_t, t).sample(random.normal(x_0.shape))
     return Again(random, t, real, x_t, z, fake)
 
 
@@ -241,8 +241,8 @@ def squared_gradient(discriminator: Discriminator, x: Tensor, x_t: Tensor, t: Te
 @pytest.mark.parametrize("attention_resolutions", [[], [4, 2]])
 def test_penalties_are_half_gamma_times_squared_gradients_on_real_and_on_fake_samples(attention_resolutions) -> None:
     game = new_game(r1_gamma=0.6, r2_gamma=0.2, attention_resolutions=attention_resolutions)
-    terms = game.trainer.discriminator_losses(batch(), random_generator("cpu", "penalty"), penalise=True)
-    drawn = draw_again(game, data(), random_generator("cpu", "penalty"))
+    terms = game.trainer.discriminator_losses(batch(), Random(key_of("penalty"), "cpu"), penalise=True)
+    drawn = draw_again(game, data(), Random(key_of("penalty"), "cpu"))
     with sdpa_kernel(SDPBackend.MATH):
         r1, r2 = (squared_gradient(game.discriminator, x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
     torch.testing.assert_close(terms["r1"], 0.3 * r1)
@@ -255,12 +255,12 @@ def test_r1_of_positions_is_that_of_their_sum_in_float64(monkeypatch: pytest.Mon
     game = new_game(z_dim=0, r1_gamma=0.6, logits="positions")
     for network in (game.generator, game.discriminator):
         network.double()
-    random = random_generator("cpu", "penalty")
+    random = Random(key_of("penalty"), "cpu")
     x_0 = data().double()
     terms = game.trainer.discriminator_losses(Batch(x_0, None), random, penalise=True)
-    random = random_generator("cpu", "penalty")
-    t = 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random)
-    noises = [torch.randn(x_0.shape, generator=random, dtype=torch.float64) for _ in range(2)]
+    random = Random(key_of("penalty"), "cpu")
+    t = 1 + random.choices(torch.ones(4).double(), BATCH_SIZE)
+    noises = [random.normal(x_0.shape) for _ in range(2)]
     real, x_t = DIFFUSION.pair(x_0, t, *noises)
 
     def each_position(x: Tensor) -> Tensor:
@@ -275,17 +275,17 @@ def test_r1_of_positions_is_that_of_their_sum_in_float64(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("gammas", [{"r1_gamma": 1.0}, {"r1_gamma": 0.0, "r2_gamma": 1.0}, {"r1_gamma": 0.0}], ids=str)
 def test_penalties_without_a_weight_are_left_out(gammas: dict[str, float]) -> None:
-    terms = new_game(**gammas).trainer.discriminator_losses(batch(), random_generator("cpu", 0), penalise=True)
+    terms = new_game(**gammas).trainer.discriminator_losses(batch(), Random(key_of(0), "cpu"), penalise=True)
     assert terms.keys() - {"discriminator"} == {name.removesuffix("_gamma") for name, gamma in gammas.items() if gamma}
 
 
 @pytest.mark.parametrize("logits", ["sample", "positions"])
 def test_finite_differences_step_along_fresh_noise(logits: Logits) -> None:
     game = new_game(penalty="finite_difference", r1_gamma=0.6, r2_gamma=0.2, penalty_epsilon=0.5, logits=logits)
-    terms = game.trainer.discriminator_losses(batch(), random_generator("cpu", "penalty"), penalise=True)
-    drawn = draw_again(game, data(), random_generator("cpu", "penalty"))
+    terms = game.trainer.discriminator_losses(batch(), Random(key_of("penalty"), "cpu"), penalise=True)
+    drawn = draw_again(game, data(), Random(key_of("penalty"), "cpu"))
     for name, weight, x in (("r1", 0.3, drawn.real), ("r2", 0.1, drawn.fake)):
-        there = x + 0.5 * torch.randn(x.shape, generator=drawn.random)
+        there = x + 0.5 * drawn.random.normal(x.shape)
         change = game.discriminator(there, drawn.x_t, drawn.t) - game.discriminator(x, drawn.x_t, drawn.t)
         change = change.reshape(BATCH_SIZE, -1).sum(dim=1)
         torch.testing.assert_close(terms[name], weight * (change / 0.5).square().mean())
@@ -313,10 +313,10 @@ def test_the_relativistic_game_is_about_pairs_of_the_same_x_t(logits: Logits) ->
     game = new_game(adversarial="relativistic", logits=logits)
     for name, player in (("discriminator", 1.0), ("generator", -1.0)):
         if name == "discriminator":
-            term = game.trainer.discriminator_losses(batch(), random_generator("cpu", 1), penalise=False)[name]
+            term = game.trainer.discriminator_losses(batch(), Random(key_of(1), "cpu"), penalise=False)[name]
         else:
-            term = game.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=True)[name]
-        drawn = draw_again(game, data(), random_generator("cpu", 1))
+            term = game.trainer.generator_losses(batch(), Random(key_of(1), "cpu"), adversarial=True)[name]
+        drawn = draw_again(game, data(), Random(key_of(1), "cpu"))
         real, fake = (game.discriminator(x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
         torch.testing.assert_close(term, torch.log(1 + torch.exp(-player * (real - fake))).mean())
 
@@ -330,7 +330,7 @@ def test_the_relativistic_generators_gradient_comes_through_its_fake_alone() -> 
     moved = weights(game.generator)
 
     again = new_game(adversarial="relativistic")
-    drawn = draw_again(again, data(), random_generator("cpu", SEED, "generator", 1, 0))
+    drawn = draw_again(again, data(), Random(key_of(SEED, "generator"), "cpu", step=1, part=0))
     real, fake = (again.discriminator(x, drawn.x_t, drawn.t) for x in (drawn.real, drawn.fake))
     losing = torch.sigmoid(real - fake).detach() / BATCH_SIZE  # minus the loss's derivative by each fake logit
     torch.testing.assert_close(moved, start + gradients(again.generator, (losing * fake).sum()))
@@ -342,7 +342,7 @@ def test_micro_batches_give_the_mean_of_their_gradients_to_the_discriminator(ste
     start = weights(game.discriminator)
     each = []
     for number, part in enumerate(batches):
-        random = random_generator("cpu", SEED, "discriminator", step, number)
+        random = Random(key_of(SEED, "discriminator"), "cpu", step=step, part=number)
         losses = game.trainer.discriminator_losses(part, random, penalise=step == 2)
         each.append(gradients(game.discriminator, sum(losses.values(), torch.zeros(()))))
     leave_gradients(game.discriminator)
@@ -355,7 +355,7 @@ def test_micro_batches_give_the_mean_of_their_gradients_to_the_generator() -> No
     start = weights(game.generator)
     each = []
     for number, part in enumerate(batches):
-        random = random_generator("cpu", SEED, "generator", 1, number)
+        random = Random(key_of(SEED, "generator"), "cpu", step=1, part=number)
         losses = game.trainer.generator_losses(part, random, adversarial=True)
         each.append(gradients(game.generator, 0.7 * losses["l1"] + losses["generator"]))
     leave_gradients(game.generator)
@@ -391,7 +391,7 @@ def test_the_energy_score_is_weighted_and_reaches_the_generator_alone() -> None:
     game, x_0 = new_game(phases=PhasesConfig(pretraining_steps=1), energy_weight=3.0), data()
     start = weights(game.generator)
     losses = game.trainer.generator_losses(
-        Batch(x_0, None), random_generator("cpu", SEED, "generator", 1, 0), adversarial=False
+        Batch(x_0, None), Random(key_of(SEED, "generator"), "cpu", step=1, part=0), adversarial=False
     )
     expected = start - gradients(game.generator, 3.0 * losses["energy"])
     leave_gradients(game.generator)
@@ -403,7 +403,7 @@ def test_the_energy_score_is_weighted_and_reaches_the_generator_alone() -> None:
 def test_without_z_the_energy_score_is_a_distance_and_takes_one_evaluation() -> None:
     game, evaluated = new_game(z_dim=0, energy_weight=1.0, energy_windows=[2]), []
     game.generator.register_forward_hook(lambda module, given, output: evaluated.append(output.detach()))
-    terms = game.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=False)
+    terms = game.trainer.generator_losses(batch(), Random(key_of(1), "cpu"), adversarial=False)
     assert len(evaluated) == 1
     squares = (evaluated[0] - data()).double().square()
     whole = squares.mean(dim=(1, 2, 3)).sqrt().mean()
@@ -411,7 +411,7 @@ def test_without_z_the_energy_score_is_a_distance_and_takes_one_evaluation() -> 
     torch.testing.assert_close(terms["energy"].double(), (whole + windows) / 2, rtol=1e-5, atol=0)
     one_shot = new_game(objective="one_shot", z_dim=0, energy_weight=1.0)
     one_shot.generator.register_forward_hook(lambda module, given, output: evaluated.append(output.detach()))
-    one_shot.trainer.generator_losses(batch(), random_generator("cpu", 1), adversarial=False)
+    one_shot.trainer.generator_losses(batch(), Random(key_of(1), "cpu"), adversarial=False)
     assert len(evaluated) == 3  # each starts from an x_T of its own
     assert not torch.equal(evaluated[1], evaluated[2])
 
@@ -440,7 +440,7 @@ def test_every_step_of_the_process_is_trained_on() -> None:
     # With x_0 known, T = 4 and 4,000 draws, each t = 1..4 must come up in a quarter of the pairs.
     game, seen = new_game(), []
     game.discriminator.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
-    game.trainer.discriminator_losses(batch(batch_size=4000), random_generator("cpu", 0), penalise=False)
+    game.trainer.discriminator_losses(batch(batch_size=4000), Random(key_of(0), "cpu"), penalise=False)
     real_t, fake_t = seen
     assert torch.equal(real_t, fake_t)
     counts = torch.bincount(real_t, minlength=5)
@@ -450,7 +450,7 @@ def test_every_step_of_the_process_is_trained_on() -> None:
 
 def test_timesteps_are_drawn_in_proportion_to_their_weights() -> None:
     trainer = new_game(timestep_weights=[3.0, 0.0, 1.0, 0.0]).trainer
-    t = trainer._draw(batch(batch_size=4000), torch.Generator().manual_seed(0)).t
+    t = trainer._draw(batch(batch_size=4000), Random(key_of(0), "cpu")).t
     shares = torch.bincount(t, minlength=5) / len(t)
     torch.testing.assert_close(shares, torch.tensor([0.0, 0.75, 0.0, 0.25, 0.0]), atol=0.02, rtol=0.0)
 
@@ -458,7 +458,7 @@ def test_timesteps_are_drawn_in_proportion_to_their_weights() -> None:
 def test_without_z_a_denoising_step_to_data_is_a_function_of_x_t() -> None:
     # At t = 1 the posterior adds no noise: what remains random is z.
     for z_dim, same in ((0, True), (3, False)):
-        game, random = new_game(z_dim=z_dim), torch.Generator().manual_seed(0)
+        game, random = new_game(z_dim=z_dim), Random(key_of(0), "cpu")
         x_t, t = data(), torch.ones(BATCH_SIZE, dtype=torch.int64)
         first, second = (game.trainer._fake(game.generator, Drawn(x_t, x_t, t, None), random)[0] for _ in range(2))
         assert torch.equal(first, second) == same
@@ -469,10 +469,10 @@ def test_without_z_a_denoising_step_to_data_is_a_function_of_x_t() -> None:
 def test_a_fake_is_made_of_what_the_generator_predicts(predicts: Predicts) -> None:
     game = new_game(predicts=predicts)
     x_t, t = data(), torch.tensor([1, 2, 3, 4])
-    fake, estimate = game.trainer._fake(game.generator, Drawn(x_t, x_t, t, None), torch.Generator().manual_seed(0))
-    random = torch.Generator().manual_seed(0)
-    output = game.generator(x_t, torch.randn(BATCH_SIZE, 3, generator=random), t).double()
-    noise = torch.randn(x_t.shape, generator=random).double()
+    fake, estimate = game.trainer._fake(game.generator, Drawn(x_t, x_t, t, None), Random(key_of(0), "cpu"))
+    random = Random(key_of(0), "cpu")
+    output = game.generator(x_t, random.normal((BATCH_SIZE, 3)), t).double()
+    noise = random.normal(x_t.shape).double()
 
     def column(table: list[float]) -> Tensor:
         return torch.tensor(table, dtype=torch.float64)[:, None, None, None]
@@ -494,9 +494,9 @@ def test_a_fake_is_made_of_what_the_generator_predicts(predicts: Predicts) -> No
 @pytest.mark.parametrize("predicts", ["x_0", "x_previous"])
 def test_l1_and_energy_compare_with_what_is_estimated(predicts: Predicts) -> None:
     game = new_game(predicts=predicts, energy_weight=1.0)
-    terms = game.trainer.generator_losses(batch(), random_generator("cpu", 0), adversarial=False)
-    drawn = draw_again(game, data(), random_generator("cpu", 0))
-    other = game.generator(drawn.x_t, torch.randn(BATCH_SIZE, 3, generator=drawn.random), drawn.t)
+    terms = game.trainer.generator_losses(batch(), Random(key_of(0), "cpu"), adversarial=False)
+    drawn = draw_again(game, data(), Random(key_of(0), "cpu"))
+    other = game.generator(drawn.x_t, drawn.random.normal((BATCH_SIZE, 3)), drawn.t)
     one = game.generator(drawn.x_t, drawn.z, drawn.t)
     target = data() if predicts == "x_0" else drawn.real
     torch.testing.assert_close(terms["l1"], (one - target).abs().mean())
@@ -513,7 +513,7 @@ def test_a_one_shot_game_makes_x_0_from_noise_and_judges_it_diffused() -> None:
     game.generator.register_forward_hook(lambda module, given, output: made.append((*given, output.detach())))
     game.discriminator.register_forward_pre_hook(lambda module, given: judged.append(given))
     x_0 = torch.full((BATCH_SIZE, *SHAPE), 100.0)  # of which the generator must see nothing
-    terms = game.trainer.discriminator_losses(Batch(x_0, None), random_generator("cpu", 3), penalise=True)
+    terms = game.trainer.discriminator_losses(Batch(x_0, None), Random(key_of(3), "cpu"), penalise=True)
     assert terms.keys() == {"discriminator", "r1"}
     ((x_T, _, told, output),) = made
     assert x_T.abs().max() < 10
@@ -521,14 +521,14 @@ def test_a_one_shot_game_makes_x_0_from_noise_and_judges_it_diffused() -> None:
     (real, no_x_t, t), (fake, _, fake_t) = judged
     assert no_x_t is None
     assert torch.equal(t, fake_t)
-    random = random_generator("cpu", 3)
-    assert torch.equal(t, 1 + torch.multinomial(torch.ones(4), BATCH_SIZE, replacement=True, generator=random))
-    torch.testing.assert_close(real, DIFFUSION.diffuse(x_0, t - 1, torch.randn(x_0.shape, generator=random)))
-    assert torch.equal(x_T, torch.randn(x_0.shape, generator=random))
-    torch.randn(BATCH_SIZE, 3, generator=random)  # z
-    torch.testing.assert_close(fake, DIFFUSION.diffuse(output, t - 1, torch.randn(x_0.shape, generator=random)))
+    random = Random(key_of(3), "cpu")
+    assert torch.equal(t, 1 + random.choices(torch.ones(4).double(), BATCH_SIZE))
+    torch.testing.assert_close(real, DIFFUSION.diffuse(x_0, t - 1, random.normal(x_0.shape)))
+    assert torch.equal(x_T, random.normal(x_0.shape))
+    random.normal((BATCH_SIZE, 3))  # z
+    torch.testing.assert_close(fake, DIFFUSION.diffuse(output, t - 1, random.normal(x_0.shape)))
 
-    terms = game.trainer.generator_losses(Batch(x_0, None), random_generator("cpu", 3), adversarial=True)
+    terms = game.trainer.generator_losses(Batch(x_0, None), Random(key_of(3), "cpu"), adversarial=True)
     assert terms.keys() == {"energy", "generator"}
     assert all(told.tolist() == [4] * BATCH_SIZE for _, _, told, _ in made)
     assert not torch.equal(made[-1][0], made[-2][0])  # the energy score's two samples come from an x_T each
@@ -554,7 +554,7 @@ def test_both_players_are_told_the_same_labels_of_which_a_share_is_left_out() ->
         player.register_forward_pre_hook(listen, with_kwargs=True)
     for losses in (game.trainer.discriminator_losses, game.trainer.generator_losses):
         told.clear()
-        losses(batch(batch_size=4000, labels=labels), random_generator("cpu", 0), True)
+        losses(batch(batch_size=4000, labels=labels), Random(key_of(0), "cpu"), True)
         assert all(torch.equal(told[0], others) for others in told[1:])
         assert len(told) >= 2
         left_out = told[0] == 3

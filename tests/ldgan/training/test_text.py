@@ -33,7 +33,7 @@ from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config, to_dict
 from ldgan.engine.ema import EMA
-from ldgan.engine.seeding import generator as random_generator
+from ldgan.engine.philox import Random, key_of
 from ldgan.evaluation.image_sets import Samples
 from ldgan.inference.jobs import Job, read_prompts
 from ldgan.inference.trained_model import TrainedModel, load_model
@@ -141,7 +141,7 @@ def test_networks_read_rows_of_their_own_sample_and_nothing_else(conditioning: s
         assert torch.equal(network(*given, text=garbage), output)
         nothing = network(*given, text=without_rows(text))
         torch.testing.assert_close(network(*given, text=no_text(4, DIM, "cpu")), nothing, rtol=1e-5, atol=1e-6)
-        dropped = drop_text(text, 1.0, torch.Generator())
+        dropped = drop_text(text, 1.0, Random(key_of(0), "cpu"))
         assert torch.equal(network(*given, text=dropped), nothing)
         assert all((output[row] - nothing[row]).abs().max() > 1e-3 for row in range(3))
         torch.testing.assert_close(output[3], nothing[3])
@@ -250,7 +250,7 @@ def test_mismatched_captions_are_fakes_to_the_discriminator_alone() -> None:
         lambda module, given, conditions, logits: judged.append((given, conditions["text"], logits.detach())),
         with_kwargs=True,
     )
-    terms = trainer.discriminator_losses(batch, random_generator("cpu", 0), penalise=False)
+    terms = trainer.discriminator_losses(batch, Random(key_of(0), "cpu"), penalise=False)
     (real, _, _), (_, _, _), (beside_others, other, logits) = judged
     assert all(torch.equal(a, b) for a, b in zip(real, beside_others))
     assert torch.equal(other.mask, batch.text.mask.roll(1, 0))
@@ -264,7 +264,7 @@ def test_mismatched_captions_are_fakes_to_the_discriminator_alone() -> None:
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert not torch.equal(weights(discriminator), start)
     assert discriminator.projected_text.linear.weight.grad.abs().max() > 0
-    assert "mismatch" not in trainer.generator_losses(batch, random_generator("cpu", 0), adversarial=True)
+    assert "mismatch" not in trainer.generator_losses(batch, Random(key_of(0), "cpu"), adversarial=True)
 
 
 def test_both_players_are_told_the_same_captions_of_which_a_share_is_left_out() -> None:
@@ -279,7 +279,7 @@ def test_both_players_are_told_the_same_captions_of_which_a_share_is_left_out() 
     with torch.no_grad():
         for losses in (trainer.discriminator_losses, trainer.generator_losses):
             told.clear()
-            losses(batch, random_generator("cpu", 0), False)
+            losses(batch, Random(key_of(0), "cpu"), False)
             assert len(told) >= 1
             assert all(torch.equal(told[0], others) for others in told[1:])
             kept = told[0].any(dim=1)
