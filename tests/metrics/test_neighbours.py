@@ -102,7 +102,7 @@ def test_the_probability_is_that_of_the_mann_whitney_test(spread: float) -> None
     ours, theirs = (torch.from_numpy(squares(x, training).min(axis=1)).sqrt() for x in (samples, heldout))
     result = copying(samples, heldout, training)
     assert result == copying_from_distances(ours, theirs)
-    expected = stats.mannwhitneyu(theirs, ours).statistic / (30 * 25)
+    expected = stats.mannwhitneyu(theirs.numpy(), ours.numpy()).statistic / (30 * 25)
     assert result.nearer_than_heldout == pytest.approx(expected, rel=1e-12)
     pairs = np.mean(ours[:, None] < theirs) + np.mean(ours[:, None] == theirs) / 2
     assert result.nearer_than_heldout == pytest.approx(pairs, rel=1e-12)
