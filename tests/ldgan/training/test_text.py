@@ -464,7 +464,7 @@ def check_samples(model: TrainedModel) -> None:
         for prompts in (None, job.prompts, Prompts(PROMPTS[::-1], text))
     }
     assert len(fingerprints) == 3
-    with pytest.raises(UserError, match="guidance steers towards prompts"):
+    with pytest.raises(UserError, match="guidance: steers towards prompts"):
         replace(job, sampler=SamplerConfig(guidance_scale=2.0), prompts=None)
     assert job.captions_of([0, 3]) == PROMPTS
     assert replace(job, prompts=None).captions_of([0, 3]) == ["", ""]
