@@ -99,10 +99,10 @@ def test_the_probability_is_that_of_the_mann_whitney_test(spread: float) -> None
     training, heldout = lattice(0, 40, 4), lattice(1, 30, 4)  # many ties
     samples = torch.cat([spread * lattice(2, 20, 4), training[:5]])
     # The squares are exact, and one library takes all roots: on some processors torch's differ from numpy's by a bit.
-    ours, theirs = (torch.from_numpy(squares(x, training).min(axis=1)).sqrt() for x in (samples, heldout))
+    ours, theirs = (torch.from_numpy(squares(x, training).min(axis=1)).sqrt().numpy() for x in (samples, heldout))
     result = copying(samples, heldout, training)
-    assert result == copying_from_distances(ours, theirs)
-    expected = stats.mannwhitneyu(theirs.numpy(), ours.numpy()).statistic / (30 * 25)
+    assert result == copying_from_distances(torch.from_numpy(ours), torch.from_numpy(theirs))
+    expected = stats.mannwhitneyu(theirs, ours).statistic / (30 * 25)
     assert result.nearer_than_heldout == pytest.approx(expected, rel=1e-12)
     pairs = np.mean(ours[:, None] < theirs) + np.mean(ours[:, None] == theirs) / 2
     assert result.nearer_than_heldout == pytest.approx(pairs, rel=1e-12)
