@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from autoencoder.models.diffusers_format import is_diffusers_folder
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError
@@ -20,12 +21,6 @@ from ldgan.engine.weights import sha256_of
 
 KIND = "autoencoder"
 WEIGHTS = "autoencoder_ema"  # the averaged weights are the ones that are used
-
-
-def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """A fresh autoencoder with the numbers of ``config``; a UserError if they make no network."""
-    config.validate()
-    return AutoencoderKL(**vars(config))
 
 
 def load_autoencoder(path: Path, device: torch.device | str = "cpu") -> AutoencoderKL:
@@ -64,7 +59,7 @@ def _load_checkpoint(path: Path) -> AutoencoderKL:
         raise UserError(f"{path}: its training has not ended; run the same autoencoder/train.py command to the end")
     numbers = read_numbers(AutoencoderConfig, folder, field(folder, description, "config", dict), "network")
     config = replace(numbers, attention_kernel="sdpa")
-    return load_network(folder, WEIGHTS, lambda: build_autoencoder(config))
+    return load_network(folder, WEIGHTS, lambda: AutoencoderKL(config))
 
 
 def _describe(autoencoder: AutoencoderKL) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from autoencoder.inference.latents import describe_latents, pack_caption, pack_m
 from autoencoder.inference.resumable import batches_of_blocks
 from autoencoder.inference.tiling import decode_tiled
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint
@@ -51,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decode")
     config = AutoencoderConfig(**NUMBERS)
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL(**vars(config))
+    autoencoder = AutoencoderKL(config)
     autoencoder.set_latent_statistics(torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]))
     description = {"kind": KIND, "config": {"network": to_dict(config)}, "latent_statistics": {}}
     save_checkpoint(folder / "autoencoder", {WEIGHTS: autoencoder}, description)

@@ -30,8 +30,9 @@ from autoencoder.inference import light_decoder
 from autoencoder.inference.latents import pack_moments
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from data_prep import remote
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.check_shards import find_problems
@@ -575,7 +576,7 @@ class Checkpoints:
         torch.manual_seed(0)
         stage_1 = home / "autoencoder"
         numbers = {"latent_channels": 2, "base_channels": 4, "channel_multipliers": [1, 2], "num_groups": 2}
-        vae = build_autoencoder(AutoencoderConfig(**numbers)).eval()
+        vae = AutoencoderKL(AutoencoderConfig(**numbers)).eval()
         description = {"config": {"network": to_dict(vae.config)}, "latent_statistics": {}, "step": 1}
         save_checkpoint(stage_1, {AUTOENCODER_WEIGHTS: vae}, {"kind": AUTOENCODER_KIND, **description})
         small = light_decoder.LightDecoderConfig(widths=[4], num_blocks=[1])
