@@ -31,7 +31,7 @@ from autoencoder.inference.encoding import (
 )
 from autoencoder.inference.latents import describe_latents
 from autoencoder.inference.resumable import ResumableShards, begin, finish
-from autoencoder.inference.text import TextEncoder, open_text_encoder
+from autoencoder.inference.text_encoder import TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from data_prep.loader import ImageDataset
 from data_prep.shards import Manifest, ShardSet

@@ -68,9 +68,9 @@ OLD_LAYERS: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v"
 OLD_LAYER = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(OLD_LAYERS)})(?=\.)")
 
 
-def is_diffusers_folder(path: Path) -> bool:
+def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` holds a model in diffusers' format, of whatever class."""
-    return (path / CONFIG_FILE).is_file()
+    return Path(path, CONFIG_FILE).is_file()
 
 
 def load_diffusers(folder: str | os.PathLike[str], build: Callable[[AutoencoderConfig], M]) -> M:

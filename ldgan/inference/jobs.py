@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.diffusion.process import Diffusion, Predicts
 from ldgan.engine.accumulation import mean_terms, micro_batch_weight, micro_batches
 from ldgan.engine.cli import UserError

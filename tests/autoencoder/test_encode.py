@@ -34,10 +34,11 @@ from autoencoder.inference.encoding import (
     shard_ranges,
 )
 from autoencoder.inference.resumable import ResumableShards
-from autoencoder.inference.text import Text, TextEncoder, open_text_encoder
+from autoencoder.inference.text_encoder import TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.text import Text
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet, ShardWriter
 from ldgan.engine.checkpoint import save_checkpoint

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from autoencoder.inference.light_decoder import KIND as LIGHT_KIND
 from autoencoder.inference.light_decoder import WEIGHTS as LIGHT_WEIGHTS
-from autoencoder.inference.light_decoder import LightDecoderConfig, build_light_decoder, light_decoder_folder
-from autoencoder.inference.text import copy_text_encoder, open_text_encoder
+from autoencoder.inference.light_decoder import light_decoder_folder
+from autoencoder.inference.text_encoder import copy_text_encoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
 from autoencoder.inference.trained_autoencoder import fingerprint
 from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.light_decoder import LightDecoderConfig, build_light_decoder
 from ldgan import LatentDDGAN
 from ldgan import pipeline as module
 from ldgan.diffusion.samplers import SamplerConfig

@@ -113,6 +113,7 @@ def test_a_round_trip_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None
     ours.save_diffusers(tmp_path / "ours")
     again = AutoencoderKL.from_diffusers(tmp_path / "ours")
     assert fingerprint(again) == fingerprint(ours)
+    assert fingerprint(AutoencoderKL.from_diffusers(str(tmp_path / "ours"))) == fingerprint(ours)
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(back.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert architecture(back) == architecture(theirs)
