@@ -23,6 +23,7 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from autoencoder.models.sharded_weights import files_of_index
 from autoencoder.models.text import Text
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import commit, new_folder, sha256_of_file, temporary_name
@@ -51,7 +52,6 @@ BATCH_SIZE = 8  # captions that are encoded together; on a CPU larger ones are h
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FOLDER_NAME = re.compile(r"\w+")
-_SHARD_OF_WEIGHTS = re.compile(r"[\w-]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -215,13 +215,7 @@ def _weights_files(folder: Path) -> list[str]:
     if not (folder / INDEX_FILE).is_file():
         pickled = " (.bin files are pickles, which may run any code)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{folder}: there is no {WEIGHTS_FILE}{pickled}; get it, or save the model with transformers")
-    with _explained(folder):
-        names = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
-    for name in names:
-        # transformers would unpickle a file of another kind, and look for it outside of the folder too.
-        if _SHARD_OF_WEIGHTS.fullmatch(name) is None or not (folder / name).is_file():
-            raise UserError(f"{folder / INDEX_FILE}: there is no file of weights {name!r}; get the folder again")
-    return [INDEX_FILE, *names]
+    return [INDEX_FILE, *(path.name for path in files_of_index(folder / INDEX_FILE))]
 
 
 def _read_pooling(folder: Path) -> Pooling | None:

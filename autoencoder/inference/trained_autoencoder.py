@@ -25,7 +25,7 @@ WEIGHTS = "autoencoder_ema"  # the averaged weights are the ones that are used
 
 
 def load_autoencoder(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> AutoencoderKL:
-    """Load the averaged weights of a finished run, of one checkpoint, or a folder in diffusers' format.
+    """Load the averaged weights of a finished run, of one checkpoint, or of a folder in diffusers' format.
 
     It is in eval mode and without gradients, and its attention is PyTorch's own: which kernel a run was trained
     with is no property of its weights.

@@ -20,13 +20,18 @@ from torch import Tensor, nn
 
 from autoencoder.models.blocks import num_groups
 from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.sharded_weights import files_of_index
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict
 from ldgan.engine.files import new_folder, write_through
 from ldgan.engine.rebuilding import meta_device
 from ldgan.engine.weights import check_fit, load_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG_FILE, STEM = "config.json", "diffusion_pytorch_model"
+WEIGHTS_FILE = f"{STEM}.safetensors"
+# Of one file or of an index of shards, with or without a variant (fp16, say).
+WEIGHTS_NAME = re.compile(rf"{STEM}(\.safetensors\.index)?(\.(?P<variant>\w+))?\.(?(1)json|safetensors)")
+PIPELINE_FILE, PIPELINE_PART = "model_index.json", "vae"
 CLASS_NAME = "AutoencoderKL"
 STATISTICS = ("latent_mean", "latent_std")  # the buffers of an autoencoder that are settings in this format
 
@@ -69,27 +74,34 @@ OLD_LAYER = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(OLD_LAYERS)})(?=\.)"
 
 
 def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` holds a model in diffusers' format, of whatever class."""
-    return Path(path, CONFIG_FILE).is_file()
+    """Whether ``path`` holds a model in diffusers' format, of whatever class, or a whole pipeline with a ``vae``."""
+    return (_model_folder(Path(path)) / CONFIG_FILE).is_file()
+
+
+def _model_folder(path: Path) -> Path:
+    """``path`` itself, or the ``vae`` in it if it is the folder of a pipeline."""
+    return path / PIPELINE_PART if (path / PIPELINE_FILE).is_file() else path
 
 
 def load_diffusers(folder: str | os.PathLike[str], build: Callable[[AutoencoderConfig], M]) -> M:
     """Load an AutoencoderKL of diffusers into the network that ``build`` makes of its numbers.
 
-    Weights become fp32; the statistics of its latents are its config's.
+    ``folder`` is one of its save_pretrained, or of a whole pipeline's, whose ``vae`` is taken. Its weights may be of
+    a variant (fp16, say) and in several shards; they become fp32. The statistics of its latents are its config's.
 
     Raises:
         UserError: a file is missing or damaged, the two do not belong together, or the model has something
             that ours cannot have.
     """
-    folder = Path(folder)
+    folder = _model_folder(Path(folder))
     settings = _read_settings(folder / CONFIG_FILE)
     config = _to_config(settings, folder / CONFIG_FILE)
-    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(folder).items()}
+    file = _weights_file(folder)
+    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(file).items()}
     with meta_device(folder / CONFIG_FILE, len(found)):
         expected = _to_diffusers(config, build(config).state_dict())
     why = f"it does not belong to its {CONFIG_FILE}"
-    check_fit(folder / WEIGHTS_FILE, found, expected, by=f"by its {CONFIG_FILE}", why=why)
+    check_fit(file, found, expected, by=f"by its {CONFIG_FILE}", why=why)
     autoencoder = build(config)
     state = autoencoder.state_dict()
     for ours, theirs in _tensor_names(config, state):
@@ -221,11 +233,31 @@ def _latent_statistics(settings: Mapping[str, Any], path: Path) -> tuple[Tensor,
     return statistics
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    others = sorted(path.name for path in folder.glob("diffusion_pytorch_model.*"))
-    if others and WEIGHTS_FILE not in others:
-        raise UserError(f"{folder}: holds {others[0]}, and only {WEIGHTS_FILE} can be loaded; save it again unsharded")
-    return load_weights(folder / WEIGHTS_FILE)
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards that an index lists."""
+    if file.suffix != ".json":
+        return load_weights(file)
+    weights: dict[str, Tensor] = {}
+    for shard in files_of_index(file):
+        weights |= load_weights(shard)
+    return weights
+
+
+def _weights_file(folder: Path) -> Path:
+    """The file of weights, or the index of its shards; where there is none, the name of the one that is missing.
+
+    Weights without a variant are taken where there are any, else those of the one variant that is there.
+    """
+    found = {
+        match["variant"]: path for path in sorted(folder.iterdir()) if (match := WEIGHTS_NAME.fullmatch(path.name))
+    }
+    if None in found:
+        return found[None]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds weights in the variants {', '.join(found)}, and none without; keep one")
+    if not found and (others := sorted(path.name for path in folder.glob(f"{STEM}*"))):
+        raise UserError(f"{folder}: holds {others[0]}, and neither {WEIGHTS_FILE} nor an index; get the folder again")
+    return next(iter(found.values()), folder / WEIGHTS_FILE)
 
 
 def _to_diffusers(config: AutoencoderConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
