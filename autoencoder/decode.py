@@ -26,10 +26,11 @@ from autoencoder.inference.decoding import (
     unfinished_blocks,
 )
 from autoencoder.inference.latents import check_latents
-from autoencoder.inference.light_decoder import LightDecoder, add_decoder_flag, load_light_decoder
+from autoencoder.inference.light_decoder import add_decoder_flag, load_light_decoder
 from autoencoder.inference.tiling import decode_tiled
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
 from data_prep.loader import LatentDataset
 from data_prep.resuming import batches_of_blocks, begin, finish
 from data_prep.shards import ShardSet

@@ -16,16 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.inference.latents import check_latents
-from autoencoder.inference.light_decoder import (
-    KIND,
-    WEIGHTS,
-    LightDecoder,
-    LightDecoderConfig,
-    build_light_decoder,
-    light_decoder_folder,
-)
+from autoencoder.inference.light_decoder import KIND, WEIGHTS, light_decoder_folder
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder, LightDecoderConfig, build_light_decoder
 from autoencoder.models.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
 from autoencoder.training.distillation import (
     DistillationTrainer,

@@ -28,7 +28,7 @@ from autoencoder.inference.encoding import (
     shard_ranges,
 )
 from autoencoder.inference.latents import describe_latents
-from autoencoder.inference.text import TextEncoder, open_text_encoder
+from autoencoder.inference.text_encoder import TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from data_prep.loader import ImageDataset
 from data_prep.resuming import ResumableShards, begin, finish

@@ -308,7 +308,7 @@ def parse_flags() -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="RUN",
-        help="finished run of autoencoder/train.py, or a folder in diffusers' format",
+        help="finished run of autoencoder/train.py, or a folder in diffusers' format (of a VAE or a pipeline)",
     )
     parser.add_argument("--data", required=True, metavar="SHARDS", help="image shards that it was not trained on")
     parser.add_argument(

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.inference.latent_statistics import accumulate_moments
-from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from autoencoder.models.discriminator import PatchDiscriminator
 from autoencoder.models.perceptual import PerceptualConfig, PerceptualDistance, build_perceptual
 from autoencoder.training.vae import (
@@ -125,7 +126,7 @@ def main() -> None:
 
 def build_players(config: TrainConfig, device: torch.device) -> Players:
     """A fresh autoencoder and, where the config asks for it, its adversary, with their optimizers."""
-    autoencoder = build_autoencoder(config.network).to(device)
+    autoencoder = AutoencoderKL(config.network).to(device)
     log_variance = LogVariance().to(device) if config.loss.learned_variance else None
     learned = [*autoencoder.parameters(), *(log_variance.parameters() if log_variance else ())]
     return Players(

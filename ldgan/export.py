@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoencoder.inference.light_decoder import LightDecoder
-from autoencoder.inference.text import Text
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
+from autoencoder.models.text import Text
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.cli import UserError

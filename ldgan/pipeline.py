@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from autoencoder.inference.light_decoder import light_decoder_folder
-from autoencoder.inference.text import copy_text_encoder
+from autoencoder.inference.text_encoder import copy_text_encoder
 from autoencoder.inference.trained_autoencoder import copy_autoencoder
 from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine.checkpoint import read_description, save_checkpoint

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import pytest
 import torch
 
-from autoencoder.inference.trained_autoencoder import build_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 
 
 class AutoencoderFactory(Protocol):
@@ -72,6 +72,6 @@ def tiny_autoencoder() -> AutoencoderFactory:
     def build(*, seed: int = 0, **overrides: Any) -> AutoencoderKL:
         torch.manual_seed(seed)
         numbers: dict[str, Any] = {"latent_channels": 2, "base_channels": 8, "channel_multipliers": [1, 2]}
-        return build_autoencoder(AutoencoderConfig(**numbers | overrides))
+        return AutoencoderKL(AutoencoderConfig(**numbers | overrides))
 
     return build

@@ -18,8 +18,9 @@ import torch
 from safetensors.numpy import load_file
 
 from autoencoder.distill import DistillConfig
-from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from data_prep.loader import LatentDataset, sequential_batches
 from data_prep.shards import ShardSet
@@ -362,7 +363,7 @@ def other_autoencoder(tmp_path: Path) -> Path:
     """A finished autoencoder that made none of the latents."""
     config = AutoencoderConfig(base_channels=8, channel_multipliers=[1, 1, 2])
     description = {"kind": KIND, "config": {"network": vars(config)}, "latent_statistics": {}}
-    save_checkpoint(tmp_path / "other", {WEIGHTS: build_autoencoder(config)}, description)
+    save_checkpoint(tmp_path / "other", {WEIGHTS: AutoencoderKL(config)}, description)
     return tmp_path / "other"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.inference.latents import pack_caption, pack_moments, read_captions
-from autoencoder.inference.text import TextEncoder
+from autoencoder.inference.text_encoder import TextEncoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from data_prep.loader import ImageDataset, SampleRef, read_batches
 from data_prep.resuming import ResumableShards, batches_of_blocks

@@ -34,7 +34,7 @@ def check_latents(shards: ShardSet, autoencoder: AutoencoderKL, *, flips: bool =
             " give the autoencoder that encoded them, or encode again with autoencoder/encode.py"
         )
     if flips and not shards.manifest.details["flips"]:
-        raise UserError(f"{shards.folder}: holds no latents of mirror images; encode with --flips, or set flips=false")
+        raise UserError(f"{shards.folder}: holds no latents of mirror images; encode them too, or set flips=false")
 
 
 def read_captions(shards: ShardSet, numbers: range) -> list[str]:

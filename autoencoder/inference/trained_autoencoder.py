@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from autoencoder.models.diffusers_format import is_diffusers_folder
 from ldgan.engine.checkpoint import read_description, save_checkpoint
 from ldgan.engine.cli import UserError
@@ -22,14 +24,8 @@ KIND = "autoencoder"
 WEIGHTS = "autoencoder_ema"  # the averaged weights are the ones that are used
 
 
-def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL:
-    """A fresh autoencoder with the numbers of ``config``; a UserError if they make no network."""
-    config.validate()
-    return AutoencoderKL(**vars(config))
-
-
-def load_autoencoder(path: Path, device: torch.device | str = "cpu") -> AutoencoderKL:
-    """Load the averaged weights of a finished run, of one checkpoint, or a folder in diffusers' format.
+def load_autoencoder(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> AutoencoderKL:
+    """Load the averaged weights of a finished run, of one checkpoint, or of a folder in diffusers' format.
 
     It is in eval mode and without gradients, and its attention is PyTorch's own: which kernel a run was trained
     with is no property of its weights.
@@ -38,21 +34,22 @@ def load_autoencoder(path: Path, device: torch.device | str = "cpu") -> Autoenco
         UserError: ``path`` is no autoencoder, is damaged, or its training has not ended yet, so that its
             latent statistics are unknown.
     """
+    path = Path(path)
     autoencoder = AutoencoderKL.from_diffusers(path) if is_diffusers_folder(path) else _load_checkpoint(path)
     # On CPUs convolutions compute in this layout: in fp32 decoding gets 10 to 30 % faster at every size tried.
     autoencoder = autoencoder.to(device).to(memory_format=torch.channels_last)
     return autoencoder.eval().requires_grad_(False)
 
 
-def copy_autoencoder(path: Path, folder: Path) -> None:
+def copy_autoencoder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Save a finished autoencoder of ``path`` again as ``folder``, without what only training needs."""
     autoencoder = load_autoencoder(path)
     if is_diffusers_folder(path):
         kept = _describe(autoencoder)
     else:
-        source = read_description(resolve_checkpoint(path))
+        source = read_description(resolve_checkpoint(Path(path)))
         kept = {key: value for key, value in source.items() if key not in ("format", "libraries", "things")}
-    save_checkpoint(folder, {WEIGHTS: autoencoder}, kept)
+    save_checkpoint(Path(folder), {WEIGHTS: autoencoder}, kept)
 
 
 def _load_checkpoint(path: Path) -> AutoencoderKL:
@@ -64,7 +61,7 @@ def _load_checkpoint(path: Path) -> AutoencoderKL:
         raise UserError(f"{path}: its training has not ended; run the same autoencoder/train.py command to the end")
     numbers = read_numbers(AutoencoderConfig, folder, field(folder, description, "config", dict), "network")
     config = replace(numbers, attention_kernel="sdpa")
-    return load_network(folder, WEIGHTS, lambda: build_autoencoder(config))
+    return load_network(folder, WEIGHTS, lambda: AutoencoderKL(config))
 
 
 def _describe(autoencoder: AutoencoderKL) -> dict[str, Any]:

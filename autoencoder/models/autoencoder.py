@@ -6,62 +6,19 @@ appendix G, is the source of the architecture; Kingma and Welling (arXiv 1312.61
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autoencoder.models.blocks import BlockBuilder, Downsample, Upsample, apply_blocks, silu
-from ldgan.engine.attention import Kernel
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.diffusers_format import load_diffusers, save_diffusers
 from ldgan.engine.cli import UserError
-from ldgan.engine.config import option
 
 # exp(-30) and exp(20): far outside what training visits, but finite, also in bf16.
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0
-
-
-@dataclass
-class AutoencoderConfig:
-    """The numbers that define an `AutoencoderKL`; they travel inside every checkpoint."""
-
-    image_channels: int = option(3, "channels of the images")
-    latent_channels: int = option(4, "channels of the latents")
-    base_channels: int = option(32, "channels at full resolution")
-    channel_multipliers: list[int] = option(
-        [1, 2, 4], "channels per level over base_channels; each level after the first halves height and width"
-    )
-    num_res_blocks: int = option(1, "residual blocks per level of the encoder; the decoder has one more")
-    mid_attention: bool = option(False, "self-attention between the two residual blocks in the middle")
-    attention_factors: list[int] = option(
-        [], "downsampling factors, [16] say, at which every residual block is followed by self-attention"
-    )
-    num_groups: int = option(0, "groups of each group normalisation; 0: up to 32 of at least four channels")
-    latent_convolutions: bool = option(
-        False, "1x1 convolutions on both sides of the latents, as in Stable Diffusion's autoencoders"
-    )
-    dropout: float = option(0.0, "dropout probability inside residual blocks")
-    gradient_checkpointing: bool = option(
-        False, "compute blocks again in the backward pass: less memory, about a third more time"
-    )
-    attention_kernel: Kernel = option("sdpa", "what computes attention: PyTorch itself, or xformers where it runs")
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of each level."""
-        return [self.base_channels * multiplier for multiplier in self.channel_multipliers]
-
-    def validate(self) -> None:
-        """Raise a UserError for numbers that make no network."""
-        if not self.channel_multipliers:
-            raise UserError("network.channel_multipliers is empty; give one number per level, [1, 2, 4] say")
-        factors = [2**level for level in range(len(self.channel_multipliers))]
-        if unknown := sorted(set(self.attention_factors) - set(factors)):
-            raise UserError(f"network.attention_factors: no level has factor {unknown[0]}; choose among {factors}")
-        if self.num_groups and (odd := [width for width in self.widths if width % self.num_groups]):
-            raise UserError(f"network.num_groups {self.num_groups} does not divide {odd[0]} channels; choose a divisor")
 
 
 class Posterior(NamedTuple):
@@ -102,50 +59,15 @@ class AutoencoderKL(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(
-        self,
-        *,
-        image_channels: int,
-        latent_channels: int,
-        base_channels: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        mid_attention: bool,
-        attention_factors: Sequence[int],
-        num_groups: int,
-        latent_convolutions: bool,
-        dropout: float,
-        gradient_checkpointing: bool,
-        attention_kernel: Kernel,
-    ) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
+        """Raises a UserError for numbers that make no network."""
         super().__init__()
-        self.config = AutoencoderConfig(
-            image_channels=image_channels,
-            latent_channels=latent_channels,
-            base_channels=base_channels,
-            channel_multipliers=list(channel_multipliers),
-            num_res_blocks=num_res_blocks,
-            mid_attention=mid_attention,
-            attention_factors=list(attention_factors),
-            num_groups=num_groups,
-            latent_convolutions=latent_convolutions,
-            dropout=dropout,
-            gradient_checkpointing=gradient_checkpointing,
-            attention_kernel=attention_kernel,
-        )
-        self.downsampling_factor = 2 ** (len(channel_multipliers) - 1)
-        blocks = BlockBuilder(
-            num_groups=num_groups,
-            dropout=dropout,
-            mid_attention=mid_attention,
-            attention_factors=tuple(attention_factors),
-            attention_kernel=attention_kernel,
-        )
-        rest = (self.config.widths, blocks, latent_convolutions, gradient_checkpointing)
-        self.encoder = Encoder(image_channels, 2 * latent_channels, num_res_blocks, *rest)
-        self.decoder = Decoder(latent_channels, image_channels, num_res_blocks + 1, *rest)
-        self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
-        self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
+        config.validate()
+        self.config = config
+        self.downsampling_factor = 2 ** (len(config.channel_multipliers) - 1)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels, 1, 1))
 
     def forward(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """Encode, sample with ``noise`` (latent shape), decode: the training pass.
@@ -176,17 +98,13 @@ class AutoencoderKL(nn.Module):
         self.latent_std.copy_(std.view_as(self.latent_std))
 
     @classmethod
-    def from_diffusers(cls, folder: Path) -> AutoencoderKL:
-        """Load a model of diffusers, see `autoencoder.models.diffusers_format.load_diffusers`."""
-        from autoencoder.models.diffusers_format import load_diffusers  # which imports this module
+    def from_diffusers(cls, folder: str | os.PathLike[str]) -> AutoencoderKL:
+        """Load a model of diffusers, in eval mode: see `autoencoder.models.diffusers_format.load_diffusers`."""
+        return load_diffusers(folder, cls).eval()
 
-        return load_diffusers(folder)
-
-    def save_diffusers(self, folder: Path) -> None:
-        """Save for diffusers as a new ``folder``, see `autoencoder.models.diffusers_format.save_diffusers`."""
-        from autoencoder.models.diffusers_format import save_diffusers
-
-        save_diffusers(self, folder)
+    def save_diffusers(self, folder: str | os.PathLike[str]) -> None:
+        """Save for diffusers as a new ``folder``: see `autoencoder.models.diffusers_format.save_diffusers`."""
+        save_diffusers(self.config, self.state_dict(), folder)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(latent_channels, h, w) of square images of ``resolution`` pixels; a UserError if they do not divide."""
@@ -198,37 +116,29 @@ class AutoencoderKL(nn.Module):
         if height % self.downsampling_factor or width % self.downsampling_factor:
             raise UserError(
                 f"images of {height}x{width} px are no multiple of the autoencoder's factor"
-                f" {self.downsampling_factor}; make shards of another --resolution, or use another autoencoder"
+                f" {self.downsampling_factor}; give images of another size, or another autoencoder"
             )
 
 
 class Encoder(nn.Module):
     """Residual levels, each after the first at half the resolution of the one before."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        widths: Sequence[int],
-        blocks: BlockBuilder,
-        latent_convolution: bool,
-        gradient_checkpointing: bool,
-    ) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        blocks, widths, out_channels = BlockBuilder(config), config.widths, 2 * config.latent_channels
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self.conv_in = nn.Conv2d(config.image_channels, widths[0], 3, padding=1)
         self.levels = nn.ModuleDict()
         channels = widths[0]
         for level, width in enumerate(widths):
             if level > 0:
                 self.levels[f"f{2**level}_down"] = Downsample(channels)
-            self.levels.update(blocks.level(2**level, channels, width, num_res_blocks))
+            self.levels.update(blocks.level(2**level, channels, width, config.num_res_blocks))
             channels = width
         self.mid = blocks.middle(channels)
         self.norm_out = blocks.norm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.latent_conv = nn.Conv2d(out_channels, out_channels, 1) if latent_convolution else nn.Identity()
+        self.latent_conv = nn.Conv2d(out_channels, out_channels, 1) if config.latent_convolutions else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         recompute = self.training and self.gradient_checkpointing
@@ -239,30 +149,22 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder's mirror image: from the lowest resolution up."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        widths: Sequence[int],
-        blocks: BlockBuilder,
-        latent_convolution: bool,
-        gradient_checkpointing: bool,
-    ) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
+        blocks, widths, in_channels = BlockBuilder(config), config.widths, config.latent_channels
+        self.gradient_checkpointing = config.gradient_checkpointing
         channels = widths[-1]
-        self.latent_conv = nn.Conv2d(in_channels, in_channels, 1) if latent_convolution else nn.Identity()
+        self.latent_conv = nn.Conv2d(in_channels, in_channels, 1) if config.latent_convolutions else nn.Identity()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.mid = blocks.middle(channels)
         self.levels = nn.ModuleDict()
         for level, width in reversed(list(enumerate(widths))):
-            self.levels.update(blocks.level(2**level, channels, width, num_res_blocks))
+            self.levels.update(blocks.level(2**level, channels, width, config.num_res_blocks + 1))
             channels = width
             if level > 0:
                 self.levels[f"f{2**level}_up"] = Upsample(channels)
         self.norm_out = blocks.norm(channels)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, config.image_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         recompute = self.training and self.gradient_checkpointing

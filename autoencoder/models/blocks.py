@@ -7,25 +7,21 @@ appendix G, is their source.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoencoder.models.config import AutoencoderConfig
 from ldgan.engine.attention import Kernel, attend
 
 
-@dataclass(frozen=True)
 class BlockBuilder:
-    """Builds the blocks of one network from the numbers they share; `AutoencoderConfig` tells what these mean."""
+    """Builds the blocks of an autoencoder's networks by its numbers."""
 
-    num_groups: int
-    dropout: float
-    mid_attention: bool
-    attention_factors: tuple[int, ...]
-    attention_kernel: Kernel
+    def __init__(self, config: AutoencoderConfig) -> None:
+        self._config = config
 
     def level(self, factor: int, in_channels: int, out_channels: int, num_res_blocks: int) -> dict[str, nn.Module]:
         """The blocks at one resolution by name: residual blocks, each followed by self-attention where asked for."""
@@ -34,7 +30,7 @@ class BlockBuilder:
             blocks[f"f{factor}_block{index}"] = self._residual(
                 in_channels if index == 0 else out_channels, out_channels
             )
-            if factor in self.attention_factors:
+            if factor in self._config.attention_factors:
                 blocks[f"f{factor}_attention{index}"] = self._attention(out_channels)
         return blocks
 
@@ -42,17 +38,17 @@ class BlockBuilder:
         """Residual block, self-attention where asked for, residual block; at the lowest resolution."""
         # This order of construction decides which initial weights a seed gives.
         first, last = self._residual(channels, channels), self._residual(channels, channels)
-        return nn.Sequential(first, *([self._attention(channels)] if self.mid_attention else []), last)
+        return nn.Sequential(first, *([self._attention(channels)] if self._config.mid_attention else []), last)
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation."""
-        return group_norm(channels, self.num_groups)
+        return group_norm(channels, self._config.num_groups)
 
     def _residual(self, in_channels: int, out_channels: int) -> ResidualBlock:
-        return ResidualBlock(in_channels, out_channels, self.num_groups, self.dropout)
+        return ResidualBlock(in_channels, out_channels, self._config.num_groups, self._config.dropout)
 
     def _attention(self, channels: int) -> SelfAttention:
-        return SelfAttention(channels, self.num_groups, self.attention_kernel)
+        return SelfAttention(channels, self._config.num_groups, self._config.attention_kernel)
 
 
 def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, *, recompute: bool) -> Tensor:

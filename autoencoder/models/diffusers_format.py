@@ -1,4 +1,4 @@
-"""Autoencoders in the format of Hugging Face's diffusers: a folder with config.json and one safetensors file.
+"""Autoencoders in the format of Hugging Face's diffusers: a folder with config.json and safetensors files.
 
 Both networks are latent diffusion's (Rombach et al., arXiv 2112.10752). They differ in names, and in one thing
 more: our attention computes q, k and v in one 1x1 convolution, diffusers' in three linear layers.
@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.blocks import num_groups
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.sharded_weights import files_of_index
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import from_dict
 from ldgan.engine.files import new_folder, write_through
 from ldgan.engine.rebuilding import meta_device
 from ldgan.engine.weights import check_fit, load_weights
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG_FILE, STEM = "config.json", "diffusion_pytorch_model"
+WEIGHTS_FILE = f"{STEM}.safetensors"
+# Of one file or of an index of shards, with or without a variant (fp16, say).
+WEIGHTS_NAME = re.compile(rf"{STEM}(\.safetensors\.index)?(\.(?P<variant>\w+))?\.(?(1)json|safetensors)")
+PIPELINE_FILE, PIPELINE_PART = "model_index.json", "vae"
 CLASS_NAME = "AutoencoderKL"
+STATISTICS = ("latent_mean", "latent_std")  # the buffers of an autoencoder that are settings in this format
+
+M = TypeVar("M", bound=nn.Module)
 
 # Types of levels without and with self-attention after each residual block.
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
@@ -63,45 +73,57 @@ OLD_LAYERS: Mapping[str, str] = {"query": "to_q", "key": "to_k", "value": "to_v"
 OLD_LAYER = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(OLD_LAYERS)})(?=\.)")
 
 
-def is_diffusers_folder(path: Path) -> bool:
-    """Whether ``path`` holds a model in diffusers' format, of whatever class."""
-    return (path / CONFIG_FILE).is_file()
+def is_diffusers_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` holds a model in diffusers' format, of whatever class, or a whole pipeline with a ``vae``."""
+    return (_model_folder(Path(path)) / CONFIG_FILE).is_file()
 
 
-def load_diffusers(folder: Path) -> AutoencoderKL:
-    """Load an AutoencoderKL of diffusers, weights as fp32, in eval mode; its latent statistics are its config's.
+def _model_folder(path: Path) -> Path:
+    """``path`` itself, or the ``vae`` in it if it is the folder of a pipeline."""
+    return path / PIPELINE_PART if (path / PIPELINE_FILE).is_file() else path
+
+
+def load_diffusers(folder: str | os.PathLike[str], build: Callable[[AutoencoderConfig], M]) -> M:
+    """Load an AutoencoderKL of diffusers into the network that ``build`` makes of its numbers.
+
+    ``folder`` is one of its save_pretrained, or of a whole pipeline's, whose ``vae`` is taken. Its weights may be of
+    a variant (fp16, say) and in several shards; they become fp32. The statistics of its latents are its config's.
 
     Raises:
         UserError: a file is missing or damaged, the two do not belong together, or the model has something
             that ours cannot have.
     """
+    folder = _model_folder(Path(folder))
     settings = _read_settings(folder / CONFIG_FILE)
     config = _to_config(settings, folder / CONFIG_FILE)
-    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(folder).items()}
+    file = _weights_file(folder)
+    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(file).items()}
     with meta_device(folder / CONFIG_FILE, len(found)):
-        expected = _to_diffusers(AutoencoderKL(**vars(config)))
+        expected = _to_diffusers(config, build(config).state_dict())
     why = f"it does not belong to its {CONFIG_FILE}"
-    check_fit(folder / WEIGHTS_FILE, found, expected, by=f"by its {CONFIG_FILE}", why=why)
-    autoencoder = AutoencoderKL(**vars(config))
-    autoencoder.set_latent_statistics(*_latent_statistics(settings, folder / CONFIG_FILE))
+    check_fit(file, found, expected, by=f"by its {CONFIG_FILE}", why=why)
+    autoencoder = build(config)
     state = autoencoder.state_dict()
-    for ours, theirs in _tensor_names(autoencoder):
+    for ours, theirs in _tensor_names(config, state):
         state[ours].copy_(torch.cat([found[name] for name in theirs]).view_as(state[ours]))
-    return autoencoder.eval()
+    for ours, statistic in zip(STATISTICS, _latent_statistics(settings, folder / CONFIG_FILE)):
+        state[ours].copy_(statistic.view_as(state[ours]))
+    return autoencoder
 
 
-def save_diffusers(autoencoder: AutoencoderKL, folder: Path) -> None:
-    """Write an autoencoder as a new ``folder`` that diffusers loads, complete or not at all.
+def save_diffusers(config: AutoencoderConfig, state: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
+    """Write an autoencoder, its numbers and its state dict, as a new ``folder`` that diffusers loads, or not at all.
 
     Its statistics become ``latents_mean`` and ``latents_std``, beside a ``scaling_factor`` of 1.
 
     Raises:
         UserError: ``folder`` exists, or the network has something that the format cannot say.
     """
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: exists already; choose another folder")
-    settings = _to_settings(autoencoder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_diffusers(autoencoder).items()}
+    settings = _to_settings(config, *(state[name].flatten().tolist() for name in STATISTICS))
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _to_diffusers(config, state).items()}
     with new_folder(folder) as temporary:
         # diffusers asks for this piece of metadata, and loads no file without it.
         write_through(temporary / WEIGHTS_FILE, safetensors.torch.save(tensors, {"format": "pt"}))
@@ -163,10 +185,9 @@ def _to_config(settings: Mapping[str, Any], path: Path) -> AutoencoderConfig:
     return from_dict(AutoencoderConfig, numbers, str(path))
 
 
-def _to_settings(autoencoder: AutoencoderKL) -> dict[str, Any]:
+def _to_settings(config: AutoencoderConfig, mean: list[float], std: list[float]) -> dict[str, Any]:
     """The contents of config.json."""
-    config = autoencoder.config
-    groups = {module.num_groups for module in autoencoder.modules() if isinstance(module, torch.nn.GroupNorm)}
+    groups = {config.num_groups or num_groups(width) for width in config.widths}
     if len(groups) > 1:
         raise UserError(
             f"diffusers' format has one number of groups for all normalisations, this autoencoder {sorted(groups)};"
@@ -185,8 +206,8 @@ def _to_settings(autoencoder: AutoencoderKL) -> dict[str, Any]:
         "latent_channels": config.latent_channels,
         "norm_num_groups": groups.pop(),
         "scaling_factor": 1.0,
-        "latents_mean": autoencoder.latent_mean.flatten().tolist(),
-        "latents_std": autoencoder.latent_std.flatten().tolist(),
+        "latents_mean": mean,
+        "latents_std": std,
         "use_quant_conv": config.latent_convolutions,
         "use_post_quant_conv": config.latent_convolutions,
         "mid_block_add_attention": config.mid_attention,
@@ -212,30 +233,51 @@ def _latent_statistics(settings: Mapping[str, Any], path: Path) -> tuple[Tensor,
     return statistics
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    others = sorted(path.name for path in folder.glob("diffusion_pytorch_model.*"))
-    if others and WEIGHTS_FILE not in others:
-        raise UserError(f"{folder}: holds {others[0]}, and only {WEIGHTS_FILE} can be loaded; save it again unsharded")
-    return load_weights(folder / WEIGHTS_FILE)
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file, or of the shards that an index lists."""
+    if file.suffix != ".json":
+        return load_weights(file)
+    weights: dict[str, Tensor] = {}
+    for shard in files_of_index(file):
+        weights |= load_weights(shard)
+    return weights
 
 
-def _to_diffusers(autoencoder: AutoencoderKL) -> dict[str, Tensor]:
+def _weights_file(folder: Path) -> Path:
+    """The file of weights, or the index of its shards; where there is none, the name of the one that is missing.
+
+    Weights without a variant are taken where there are any, else those of the one variant that is there.
+    """
+    found = {
+        match["variant"]: path for path in sorted(folder.iterdir()) if (match := WEIGHTS_NAME.fullmatch(path.name))
+    }
+    if None in found:
+        return found[None]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds weights in the variants {', '.join(found)}, and none without; keep one")
+    if not found and (others := sorted(path.name for path in folder.glob(f"{STEM}*"))):
+        raise UserError(f"{folder}: holds {others[0]}, and neither {WEIGHTS_FILE} nor an index; get the folder again")
+    return next(iter(found.values()), folder / WEIGHTS_FILE)
+
+
+def _to_diffusers(config: AutoencoderConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under diffusers' names and in its shapes."""
-    state, tensors = autoencoder.state_dict(), {}
-    for ours, theirs in _tensor_names(autoencoder):
+    tensors = {}
+    for ours, theirs in _tensor_names(config, state):
         for name, tensor in zip(theirs, state[ours].chunk(len(theirs))):
             # Attention has linear layers for our 1x1 convolutions: (C, C) for (C, C, 1, 1), (C,) for (C,).
             tensors[name] = tensor.reshape(tensor.shape[:2]) if ".to_" in name else tensor
     return tensors
 
 
-def _tensor_names(autoencoder: AutoencoderKL) -> Iterator[tuple[str, list[str]]]:
+def _tensor_names(config: AutoencoderConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, list[str]]]:
     """Our name of each weight, and diffusers' names of the tensors that make it up, one after the other."""
-    for ours, theirs in _module_names(autoencoder.config).items():
-        for tensor in autoencoder.get_submodule(ours).state_dict():
-            layer, _, kind = tensor.rpartition(".")
-            layers = LAYERS.get(layer, (layer,))
-            yield f"{ours}.{tensor}", [f"{theirs}.{layer}.{kind}" if layer else f"{theirs}.{kind}" for layer in layers]
+    for ours, theirs in _module_names(config).items():
+        for name in state:
+            if name.startswith(f"{ours}."):
+                layer, _, kind = name.removeprefix(f"{ours}.").rpartition(".")
+                layers = LAYERS.get(layer, (layer,))
+                yield name, [f"{theirs}.{layer}.{kind}" if layer else f"{theirs}.{kind}" for layer in layers]
 
 
 def _module_names(config: AutoencoderConfig) -> dict[str, str]:

@@ -6,6 +6,7 @@ Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual M
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,11 +115,10 @@ def build_perceptual(config: PerceptualConfig, device: torch.device) -> Perceptu
     """The perceptual distance that the config asks for."""
     if config.network == "none":
         return None
-    weights = Path(config.backbone_weights) if config.backbone_weights is not None else None
-    return perceptual_network(config.network, weights).to(device)
+    return perceptual_network(config.network, config.backbone_weights).to(device)
 
 
-def perceptual_network(name: str, backbone_weights: Path | None) -> PerceptualDistance:
+def perceptual_network(name: str, backbone_weights: str | os.PathLike[str] | None) -> PerceptualDistance:
     """The perceptual distance ``name``: one of `PERCEPTUAL_NETWORKS`, or timm:NAME for a network of timm.
 
     ``backbone_weights`` is a file of torchvision's (LPIPS) or timm's weights; None looks where torch.hub and
@@ -127,22 +127,23 @@ def perceptual_network(name: str, backbone_weights: Path | None) -> PerceptualDi
     Raises:
         UserError: if there is no such network, or its weights are missing or do not fit.
     """
+    weights = Path(backbone_weights) if backbone_weights is not None else None
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by outdated names
         if name in PERCEPTUAL_NETWORKS:
-            return _lpips_distance(name, backbone_weights)
+            return _lpips_distance(name, weights)
         if name.startswith(TIMM_PREFIX):
-            return _timm_distance(name, backbone_weights)
+            return _timm_distance(name, weights)
     known = ", ".join(PERCEPTUAL_NETWORKS)
     raise UserError(f"no perceptual network {name!r}; there are {known} and {TIMM_PREFIX}NAME (say timm:resnet18)")
 
 
-def _lpips_distance(name: str, backbone_weights: Path | None) -> PerceptualDistance:
+def _lpips_distance(name: str, weights: Path | None) -> PerceptualDistance:
     import lpips  # with torchvision's models it takes a second, which only those who use it shall pay
 
     backbone = PERCEPTUAL_NETWORKS[name]
     cached = hub_file(backbone.file_name)
-    path = backbone_weights or (cached if cached.is_file() else None)
+    path = weights or (cached if cached.is_file() else None)
     if path is None:
         raise _no_weights(name, f"torchvision's {backbone.torchvision_name} weights, {backbone.file_name}", cached)
     # pnet_rand: otherwise lpips downloads the backbone, and it has no option for a local file.
@@ -154,11 +155,11 @@ def _lpips_distance(name: str, backbone_weights: Path | None) -> PerceptualDista
     return PerceptualDistance(distance, name=name, min_size=backbone.min_size)
 
 
-def _timm_distance(name: str, backbone_weights: Path | None) -> PerceptualDistance:
+def _timm_distance(name: str, weights: Path | None) -> PerceptualDistance:
     network = _timm_network(name)
     config = network.pretrained_cfg
     cached = _cached_by_timm(config)
-    path = backbone_weights or next((path for path in cached if path.is_file()), None)
+    path = weights or next((path for path in cached if path.is_file()), None)
     if path is None:
         raise _no_weights(name, "timm's weights of this network (safetensors or .pth)", *cached[-1:])
     fill(network, path, name)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from autoencoder.evaluation.reconstruction import PSNR, ImageMetric, MeanOverImages, perceptual_metric
 from autoencoder.inference.latents import draw
-from autoencoder.inference.light_decoder import LightDecoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
 from autoencoder.models.perceptual import PerceptualDistance
 from autoencoder.training.losses import reconstruction_loss
 from ldgan.engine.accumulation import Accumulation, mean_terms

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.diffusion.process import Denoised, Diffusion, at
 from ldgan.diffusion.samplers import Callback, Denoiser, Noise, SamplerConfig, Start, ancestral
 from ldgan.engine.cli import UserError

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from autoencoder.inference.light_decoder import add_decoder_flag
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.diffusion.samplers import Callback, SamplerConfig
 from ldgan.engine import cli
 from ldgan.engine.checkpoint import read_description

@@ -13,10 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from autoencoder.inference.light_decoder import LightDecoder, load_light_decoder
-from autoencoder.inference.text import Text, TextEncoder, open_text_encoder
+from autoencoder.inference.light_decoder import load_light_decoder
+from autoencoder.inference.text_encoder import TextEncoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
+from autoencoder.models.text import Text
 from ldgan.diffusion.guidance import classifier_free, classifier_gradient
 from ldgan.diffusion.process import Denoised, Diffusion, Predicts, Variance
 from ldgan.diffusion.samplers import Callback, Denoiser, Noise, Process, SamplerConfig, Start, ancestral, ddim

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.inference.text import Text
 from autoencoder.models.blocks import num_groups
+from autoencoder.models.text import Text
 from ldgan.models.conditions import clear
 
 AttentionLayout = Literal["every_block", "adm", "ncsnpp"]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.engine.philox import Random
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.engine.config import option
 from ldgan.models.blocks import (
     PooledText,

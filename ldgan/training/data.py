@@ -14,9 +14,10 @@ from torch import Tensor
 
 from autoencoder.inference.latents import check_latents, draw
 from autoencoder.inference.light_decoder import light_decoder_folder
-from autoencoder.inference.text import Text, copy_text_encoder, open_text_encoder
+from autoencoder.inference.text_encoder import copy_text_encoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import copy_autoencoder, fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.text import Text
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.shards import ShardSet
 from data_prep.urls import check_no_secrets

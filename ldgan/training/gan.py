@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from autoencoder.inference.text import Text
+from autoencoder.models.text import Text
 from ldgan.diffusion.process import Diffusion, Predicts
 from ldgan.engine.accumulation import Accumulation, mean_terms
 from ldgan.engine.cli import UserError
@@ -265,7 +265,7 @@ class DiffusionGANTrainer:
             terms["generator"] = generator_loss(judge(fake))
         return terms
 
-    def _energy(self, estimate: Tensor, target: Tensor, drawn: Drawn, random: torch.Generator) -> Tensor:
+    def _energy(self, estimate: Tensor, target: Tensor, drawn: Drawn, random: Random) -> Tensor:
         """Energy score of ``estimate`` and a second one; where no z sets them apart, the distance that is left of it.
 
         A one-shot generator without z still starts from an x_T of its own each time.

@@ -29,7 +29,9 @@ from autoencoder.inference.decoding import (
 from autoencoder.inference.latents import describe_latents, pack_caption, pack_moments
 from autoencoder.inference.tiling import decode_tiled
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.light_decoder import LightDecoderConfig, build_light_decoder
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.resuming import batches_of_blocks, begin, finish
 from data_prep.shards import ShardSet, ShardWriter
@@ -50,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decode")
     config = AutoencoderConfig(**NUMBERS)
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL(**vars(config))
+    autoencoder = AutoencoderKL(config)
     autoencoder.set_latent_statistics(torch.tensor([1.0, -2.0]), torch.tensor([3.0, 0.5]))
     description = {"kind": KIND, "config": {"network": to_dict(config)}, "latent_statistics": {}}
     save_checkpoint(folder / "autoencoder", {WEIGHTS: autoencoder}, description)
@@ -365,9 +367,9 @@ def test_tiles_of_the_command_are_those_of_decode_tiled(folder, tmp_path, monkey
 def test_the_light_decoder_is_used_when_asked_for(folder, tmp_path, monkeypatch):
     full, run_dir = load_autoencoder(folder / "autoencoder"), tmp_path / "autoencoder"
     shutil.copytree(folder / "autoencoder", run_dir)
-    config = light_decoder.LightDecoderConfig(widths=[4], num_blocks=[1])
+    config = LightDecoderConfig(widths=[4], num_blocks=[1])
     description = {"kind": light_decoder.KIND, "autoencoder": fingerprint(full), "config": {"network": to_dict(config)}}
-    light = light_decoder.build_light_decoder(config, full)
+    light = build_light_decoder(config, full)
     save_checkpoint(light_decoder.light_decoder_folder(run_dir), {light_decoder.WEIGHTS: light}, description)
     flags = ("--autoencoder", run_dir, "--batch-size", NUM_IMAGES)
 

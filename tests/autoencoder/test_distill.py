@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from autoencoder import distill
 from autoencoder.evaluation.reconstruction import ImageMetric
 from autoencoder.inference.latents import describe_latents, pack_moments
-from autoencoder.inference.light_decoder import LightDecoder, light_decoder_folder, load_light_decoder
+from autoencoder.inference.light_decoder import light_decoder_folder, load_light_decoder
 from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
 from autoencoder.training.distillation import DistillationTrainer, agreement_metrics, measure_agreement
 from data_prep.shards import ShardWriter
 from ldgan.engine.accumulation import Accumulation

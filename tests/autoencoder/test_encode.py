@@ -33,9 +33,11 @@ from autoencoder.inference.encoding import (
     precision_line,
     shard_ranges,
 )
-from autoencoder.inference.text import Text, TextEncoder, open_text_encoder
-from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from autoencoder.inference.text_encoder import TextEncoder, open_text_encoder
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.text import Text
 from data_prep.loader import ImageDataset, LatentDataset, SampleRef
 from data_prep.resuming import ResumableShards
 from data_prep.shards import ShardSet, ShardWriter
@@ -55,7 +57,7 @@ SHARDS = [f"shard-{number:06d}.tar" for number in range(4)]
 def make_autoencoder(folder: Path, seed: int = 0) -> AutoencoderKL:
     """An autoencoder of factor 2, whose latents are neither centred nor of unit variance inside."""
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder(CONFIG)
+    autoencoder = AutoencoderKL(CONFIG)
     autoencoder.set_latent_statistics(torch.tensor([0.1, -0.2]), torch.tensor([0.3, 0.5]))
     description = {"kind": KIND, "config": {"network": to_dict(CONFIG)}, "latent_statistics": {}}
     save_checkpoint(folder, {WEIGHTS: autoencoder}, description)

@@ -31,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder.inference.latents import check_latents
-from autoencoder.inference.light_decoder import LightDecoder, read_light_decoder
+from autoencoder.inference.light_decoder import read_light_decoder
 from autoencoder.inference.trained_autoencoder import load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder
 from autoencoder.models.perceptual import perceptual_network
 from autoencoder.training.distillation import agreement_metrics, measure_agreement
 from data_prep.loader import LatentDataset, sequential_batches

@@ -26,7 +26,7 @@ from speed import diffusion_gan, game_step
 from torch import nn
 
 from autoencoder.distill import DistillConfig
-from autoencoder.inference.light_decoder import LightDecoder
+from autoencoder.models.light_decoder import LightDecoder
 from ldgan.diffusion.process import build_diffusion
 from ldgan.engine import cli
 from ldgan.engine.config import load_config

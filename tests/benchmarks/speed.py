@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from autoencoder.inference.trained_autoencoder import build_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.models.perceptual import build_perceptual
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from autoencoder.train import build_players
@@ -49,7 +49,7 @@ def main() -> None:
     first = load_config(AutoencoderTrainConfig, flags.autoencoder, [])
     second = load_config(TrainConfig, flags.ldgan, [])
     accelerator = make_accelerator(second.run.precision)
-    autoencoder = build_autoencoder(first.network).to(accelerator.device)
+    autoencoder = AutoencoderKL(first.network).to(accelerator.device)
 
     table = Table(
         title=f"{flags.threads} threads, {accelerator.device}, {platform.machine()}, torch {torch.__version__}"

@@ -44,8 +44,9 @@ from rich.table import Table
 
 import autoencoder.train
 import ldgan.train
-from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS, build_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import KIND, WEIGHTS
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from data_prep.images import encode_image
 from data_prep.shards import ShardWriter
 from ldgan.engine import cli
@@ -331,7 +332,7 @@ def make_inputs(folder: Path) -> None:
     torch.manual_seed(0)
     config = AutoencoderConfig(**AUTOENCODER)
     description = {"kind": KIND, "config": {"network": vars(config)}, "latent_statistics": {}}
-    save_checkpoint(folder / "autoencoder", {WEIGHTS: build_autoencoder(config)}, description)
+    save_checkpoint(folder / "autoencoder", {WEIGHTS: AutoencoderKL(config)}, description)
 
 
 @contextlib.contextmanager

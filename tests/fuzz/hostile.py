@@ -30,8 +30,10 @@ from autoencoder.inference import light_decoder
 from autoencoder.inference.latents import pack_moments
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerprint, load_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.light_decoder import LightDecoderConfig, build_light_decoder
 from data_prep import remote
 from data_prep.archives import ImageArchive, WebDatasetShards
 from data_prep.check_shards import find_problems
@@ -575,11 +577,11 @@ class Checkpoints:
         torch.manual_seed(0)
         stage_1 = home / "autoencoder"
         numbers = {"latent_channels": 2, "base_channels": 4, "channel_multipliers": [1, 2], "num_groups": 2}
-        vae = build_autoencoder(AutoencoderConfig(**numbers)).eval()
+        vae = AutoencoderKL(AutoencoderConfig(**numbers)).eval()
         description = {"config": {"network": to_dict(vae.config)}, "latent_statistics": {}, "step": 1}
         save_checkpoint(stage_1, {AUTOENCODER_WEIGHTS: vae}, {"kind": AUTOENCODER_KIND, **description})
-        small = light_decoder.LightDecoderConfig(widths=[4], num_blocks=[1])
-        light = light_decoder.build_light_decoder(small, vae)
+        small = LightDecoderConfig(widths=[4], num_blocks=[1])
+        light = build_light_decoder(small, vae)
         description = {"config": {"network": to_dict(small)}, "autoencoder": fingerprint(vae)}
         folder = light_decoder.light_decoder_folder(stage_1)
         save_checkpoint(folder, {light_decoder.WEIGHTS: light}, {"kind": light_decoder.KIND, **description})

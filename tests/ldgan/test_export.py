@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.inference.trained_autoencoder import build_autoencoder
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
 from ldgan import export
 from ldgan.diffusion.samplers import SamplerConfig
 from ldgan.engine.checkpoint import save_checkpoint
@@ -70,7 +70,7 @@ def save_run(
     save_checkpoint(checkpoint, {WEIGHTS[kind]: randomise(unet, seed=0)}, description)
     if latent:
         numbers = AutoencoderConfig(latent_channels=2, base_channels=8, channel_multipliers=[1, 2], mid_attention=True)
-        autoencoder = build_autoencoder(numbers)
+        autoencoder = AutoencoderKL(numbers)
         nn.init.normal_(autoencoder.decoder.conv_out.weight, std=0.1)
         autoencoder.set_latent_statistics(torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5]))
         told = {"kind": AUTOENCODER_KIND, "config": {"network": to_dict(numbers)}, "latent_statistics": {}}

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from autoencoder.inference.light_decoder import KIND as LIGHT_KIND
 from autoencoder.inference.light_decoder import WEIGHTS as LIGHT_WEIGHTS
-from autoencoder.inference.light_decoder import LightDecoderConfig, build_light_decoder, light_decoder_folder
-from autoencoder.inference.text import copy_text_encoder, open_text_encoder
+from autoencoder.inference.light_decoder import light_decoder_folder
+from autoencoder.inference.text_encoder import copy_text_encoder, open_text_encoder
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
-from autoencoder.inference.trained_autoencoder import build_autoencoder, fingerprint
-from autoencoder.models.autoencoder import AutoencoderConfig
+from autoencoder.inference.trained_autoencoder import fingerprint
+from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.config import AutoencoderConfig
+from autoencoder.models.light_decoder import LightDecoderConfig, build_light_decoder
 from ldgan import LatentDDGAN
 from ldgan import pipeline as module
 from ldgan.diffusion.process import Diffusion
@@ -73,7 +75,7 @@ def save_run(run: Path, kind: str = GAN, *, latent: bool = True, step: int = 1, 
 def save_autoencoder(folder: Path) -> None:
     """A random autoencoder of factor 2 with a light decoder."""
     config = AutoencoderConfig(latent_channels=2, base_channels=8, channel_multipliers=[1, 2])
-    autoencoder = randomise(build_autoencoder(config), seed=2)
+    autoencoder = randomise(AutoencoderKL(config), seed=2)
     description = {"kind": AUTOENCODER_KIND, "config": {"network": to_dict(config)}, "latent_statistics": {}}
     save_checkpoint(folder, {AUTOENCODER_WEIGHTS: autoencoder}, description)
     light_config = LightDecoderConfig(widths=[6], num_blocks=[1])

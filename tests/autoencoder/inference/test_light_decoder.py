@@ -14,9 +14,6 @@ from autoencoder.distill import DistillConfig
 from autoencoder.inference.light_decoder import (
     KIND,
     WEIGHTS,
-    LightDecoder,
-    LightDecoderConfig,
-    build_light_decoder,
     light_decoder_folder,
     load_light_decoder,
     read_light_decoder,
@@ -25,6 +22,7 @@ from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
 from autoencoder.inference.trained_autoencoder import fingerprint
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoder, LightDecoderConfig, build_light_decoder
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import load_config, to_dict

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from autoencoder.inference.trained_autoencoder import build_autoencoder
 from autoencoder.models.autoencoder import (
     MAX_LOG_VARIANCE,
     MIN_LOG_VARIANCE,
-    AutoencoderConfig,
     AutoencoderKL,
     Posterior,
 )
 from autoencoder.models.blocks import SelfAttention, group_norm
+from autoencoder.models.config import AutoencoderConfig
 from ldgan.engine.cli import UserError
 
 EVERY_OPTION: dict[str, Any] = {
@@ -190,7 +189,7 @@ def test_gradient_checkpointing_has_no_part_in_evaluation(tiny_autoencoder) -> N
 
 def test_an_autoencoder_tells_the_numbers_it_was_built_with() -> None:
     config = AutoencoderConfig(**EVERY_OPTION, base_channels=4, channel_multipliers=[1, 3], gradient_checkpointing=True)
-    autoencoder = build_autoencoder(config)
+    autoencoder = AutoencoderKL(config)
     assert autoencoder.config == config
     assert {module.num_groups for module in autoencoder.modules() if isinstance(module, nn.GroupNorm)} == {2}
 
@@ -205,7 +204,7 @@ def test_an_autoencoder_tells_the_numbers_it_was_built_with() -> None:
 )
 def test_numbers_that_make_no_network_are_refused(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"network.{message}"):
-        build_autoencoder(AutoencoderConfig(**numbers))
+        AutoencoderKL(AutoencoderConfig(**numbers))
 
 
 def test_layers_keep_the_names_and_the_order_of_saved_checkpoints(tiny_autoencoder) -> None:

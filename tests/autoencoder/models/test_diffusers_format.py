@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from ldgan.engine.cli import UserError
 diffusers = pytest.importorskip("diffusers")
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 
 PLAIN: dict[str, Any] = {"block_out_channels": (4, 8), "norm_num_groups": 2, "latent_channels": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -113,6 +115,7 @@ def test_a_round_trip_is_exact(tmp_path: Path, settings: dict[str, Any]) -> None
     ours.save_diffusers(tmp_path / "ours")
     again = AutoencoderKL.from_diffusers(tmp_path / "ours")
     assert fingerprint(again) == fingerprint(ours)
+    assert fingerprint(AutoencoderKL.from_diffusers(str(tmp_path / "ours"))) == fingerprint(ours)
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(back.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     assert architecture(back) == architecture(theirs)
@@ -180,6 +183,53 @@ def test_half_precision_weights_become_fp32(tmp_path: Path) -> None:
     assert_same_numbers(ours, theirs.float())
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("max_shard_size", ["10GB", "4KB"])
+def test_variants_and_shards_load_as_diffusers_loads_them(
+    tmp_path: Path, variant: str | None, max_shard_size: str
+) -> None:
+    saved = new_model(**PLAIN) if variant is None else new_model(**PLAIN).half()
+    saved.save_pretrained(tmp_path / "vae", variant=variant, max_shard_size=max_shard_size)
+    num_files = len(list((tmp_path / "vae").glob("*.safetensors")))
+    assert num_files == 1 if max_shard_size == "10GB" else num_files > 2
+    ours = AutoencoderKL.from_diffusers(tmp_path / "vae")
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    theirs = diffusers.AutoencoderKL.from_pretrained(
+        tmp_path / "vae", variant=variant, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    assert_same_numbers(ours, theirs)
+    assert fingerprint(load_autoencoder(str(tmp_path / "vae"))) == fingerprint(ours)
+
+
+def test_weights_without_a_variant_come_first(tmp_path: Path) -> None:
+    folder = new_folder(tmp_path / "vae")
+    full = fingerprint(AutoencoderKL.from_diffusers(folder))
+    new_model(**PLAIN).half().save_pretrained(folder, variant="fp16")
+    assert fingerprint(AutoencoderKL.from_diffusers(folder)) == full
+    (folder / WEIGHTS_FILE).unlink()
+    assert fingerprint(AutoencoderKL.from_diffusers(folder)) != full
+
+
+def test_of_a_pipelines_folder_the_vae_is_taken(tmp_path: Path) -> None:
+    vae = new_folder(tmp_path / "pipeline" / "vae")
+    (tmp_path / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    expected = fingerprint(AutoencoderKL.from_diffusers(vae))
+    assert fingerprint(AutoencoderKL.from_diffusers(tmp_path / "pipeline")) == expected
+    assert fingerprint(load_autoencoder(tmp_path / "pipeline")) == expected
+    copy_autoencoder(tmp_path / "pipeline", tmp_path / "copy")
+    assert fingerprint(load_autoencoder(tmp_path / "copy")) == expected
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-5])])
+def test_a_missing_or_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    new_model(**PLAIN).save_pretrained(tmp_path, max_shard_size="4KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    damage(shard)
+    with pytest.raises(UserError, match=shard.name) as caught:
+        AutoencoderKL.from_diffusers(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_attention_under_its_older_names_loads(tmp_path: Path) -> None:
     folder = new_folder(tmp_path / "vae", attention_factors=(2,))
     expected = fingerprint(AutoencoderKL.from_diffusers(folder))
@@ -206,6 +256,16 @@ def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
         save_file(tensors, folder / WEIGHTS_FILE)
 
     return apply
+
+
+def two_variants(folder: Path) -> None:
+    for variant in ("fp16", "bf16"):
+        shutil.copy(folder / WEIGHTS_FILE, folder / f"diffusion_pytorch_model.{variant}.safetensors")
+    (folder / WEIGHTS_FILE).unlink()
+
+
+def list_in_index(name: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / INDEX_FILE).write_text(json.dumps({"weight_map": {"quant_conv.bias": name}}))
 
 
 def truncate(folder: Path) -> None:
@@ -252,9 +312,17 @@ def truncate(folder: Path) -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / WEIGHTS_FILE).unlink(), f"{WEIGHTS_FILE}: no such file"),
         (
-            lambda folder: (folder / WEIGHTS_FILE).rename(folder / "diffusion_pytorch_model.fp16.safetensors"),
-            "holds diffusion_pytorch_model.fp16.safetensors, and only",
+            lambda folder: (folder / WEIGHTS_FILE).rename(folder / "diffusion_pytorch_model.bin"),
+            "holds diffusion_pytorch_model.bin, and neither diffusion_pytorch_model.safetensors nor an index",
         ),
+        (two_variants, "holds weights in the variants bf16, fp16, and none without; keep one"),
+        (list_in_index("../theirs.safetensors"), r"index.json: there is no file of weights '../theirs.safetensors'"),
+        (list_in_index(f"../vae/{WEIGHTS_FILE}"), r"index.json: there is no file of weights '../vae/diffusion"),
+        (list_in_index("pickle.bin"), r"index.json: there is no file of weights 'pickle.bin' beside it"),
+        (list_in_index(7), r"index.json: there is no file of weights 7 beside it"),
+        (list_in_index("gone.safetensors"), r"index.json: there is no file of weights 'gone.safetensors' beside it"),
+        (lambda folder: (folder / INDEX_FILE).write_text("{"), "index.json: damaged, or no index of weights"),
+        (lambda folder: (folder / INDEX_FILE).write_text("[]"), "index.json: damaged, or no index of weights"),
     ],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(tmp_path: Path, damage: Callable, message: str) -> None:

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 
 from autoencoder.inference.light_decoder import KIND as LIGHT_KIND
 from autoencoder.inference.light_decoder import WEIGHTS as LIGHT_WEIGHTS
-from autoencoder.inference.light_decoder import LightDecoderConfig, build_light_decoder, light_decoder_folder
+from autoencoder.inference.light_decoder import light_decoder_folder
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
 from autoencoder.inference.trained_autoencoder import fingerprint
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.light_decoder import LightDecoderConfig, build_light_decoder
 from ldgan.engine.checkpoint import save_checkpoint
 from ldgan.engine.cli import UserError
 from ldgan.engine.config import to_dict

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autoencoder.distill import DistillConfig
-from autoencoder.inference.light_decoder import LightDecoder
+from autoencoder.models.light_decoder import LightDecoder
 from autoencoder.train import TrainConfig as AutoencoderTrainConfig
 from ldgan.engine.config import load_config
 from ldgan.models.unet import UNet

@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from autoencoder.inference.latents import describe_latents, pack_moments
-from autoencoder.inference.text import Text, open_text_encoder
+from autoencoder.inference.text_encoder import open_text_encoder
 from autoencoder.inference.trained_autoencoder import KIND as AUTOENCODER_KIND
 from autoencoder.inference.trained_autoencoder import WEIGHTS as AUTOENCODER_WEIGHTS
+from autoencoder.models.text import Text
 from data_prep.shards import ShardWriter
 from ldgan import train
 from ldgan.diffusion.guidance import classifier_free

@@ -16,13 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
+from autoencoder.models.sharded_weights import files_of_index
+from autoencoder.models.text import Text
 from ldgan.engine.cli import UserError
 from ldgan.engine.files import commit, new_folder, sha256_of_file, temporary_name
 
@@ -50,17 +52,6 @@ BATCH_SIZE = 8  # captions that are encoded together; on a CPU larger ones are h
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _FOLDER_NAME = re.compile(r"\w+")
-_SHARD_OF_WEIGHTS = re.compile(r"[\w-]+\.safetensors")
-
-
-class Text(NamedTuple):
-    """Embeddings of captions, and which rows of them there are.
-
-    Row 0 is the pooled one, the others are tokens. A caption that is not given has no row at all.
-    """
-
-    embeddings: Tensor  # fp32 (B, 1 + max_tokens, d)
-    mask: Tensor  # bool (B, 1 + max_tokens)
 
 
 @dataclass(frozen=True)
@@ -150,7 +141,9 @@ class TextEncoder:
         return Text(rows, torch.cat([there.any(dim=1, keepdim=True), there], dim=1))
 
 
-def open_text_encoder(path: Path | str, device: torch.device | str = "cpu", max_tokens: int = 32) -> TextEncoder:
+def open_text_encoder(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", max_tokens: int = 32
+) -> TextEncoder:
     """Load a text encoder: BERT and its kin, sentence-transformers models of these, CLIP's text side, T5's encoder.
 
     Args:
@@ -178,7 +171,7 @@ def open_text_encoder(path: Path | str, device: torch.device | str = "cpu", max_
     return TextEncoder(folder, name, network.to(device), tokenizer, pooling, max_tokens)
 
 
-def copy_text_encoder(path: Path | str, folder: Path) -> None:
+def copy_text_encoder(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
     """Copy what `open_text_encoder` reads of ``path`` to the new ``folder``, which has the same fingerprint.
 
     Raises:
@@ -186,14 +179,14 @@ def copy_text_encoder(path: Path | str, folder: Path) -> None:
         OSError: ``folder`` exists and is not empty, or cannot be written.
     """
     source = _find(path)
-    with new_folder(folder) as temporary:
+    with new_folder(Path(folder)) as temporary:
         for name in (*_network_files(source), *_pooling_files(source)):
             (temporary / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, temporary_name(temporary / name))
             commit(temporary / name)
 
 
-def _find(path: Path | str) -> Path:
+def _find(path: str | os.PathLike[str]) -> Path:
     """The folder of ``path``, in Hugging Face's cache if need be."""
     if Path(path).is_dir():
         return Path(path)
@@ -222,13 +215,7 @@ def _weights_files(folder: Path) -> list[str]:
     if not (folder / INDEX_FILE).is_file():
         pickled = " (.bin files are pickles, which may run any code)" if any(folder.glob("*.bin")) else ""
         raise UserError(f"{folder}: there is no {WEIGHTS_FILE}{pickled}; get it, or save the model with transformers")
-    with _explained(folder):
-        names = sorted(set(_read_json(folder / INDEX_FILE)["weight_map"].values()))
-    for name in names:
-        # transformers would unpickle a file of another kind, and look for it outside of the folder too.
-        if _SHARD_OF_WEIGHTS.fullmatch(name) is None or not (folder / name).is_file():
-            raise UserError(f"{folder / INDEX_FILE}: there is no file of weights {name!r}; get the folder again")
-    return [INDEX_FILE, *names]
+    return [INDEX_FILE, *(path.name for path in files_of_index(folder / INDEX_FILE))]
 
 
 def _read_pooling(folder: Path) -> Pooling | None:

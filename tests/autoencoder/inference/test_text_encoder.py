@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from autoencoder.inference.text import TextEncoder, copy_text_encoder, open_text_encoder
+from autoencoder.inference.text_encoder import TextEncoder, copy_text_encoder, open_text_encoder
 from ldgan.engine.cli import UserError
 
 transformers = pytest.importorskip("transformers", reason="text encoders need the extra ldgan[text]")
