@@ -10,7 +10,9 @@ import torch
 
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
+from autoencoder.models.diffusers_format import is_diffusers_folder
 from autoencoder.models.light_decoder import LightDecoder, LightDecoderConfig, build_light_decoder
+from autoencoder.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from ldgan.engine.checkpoint import read_description
 from ldgan.engine.cli import UserError
 from ldgan.engine.rebuilding import field, load_network, read_numbers
@@ -19,6 +21,8 @@ from ldgan.engine.run import resolve_checkpoint, run_of
 KIND = "light decoder"
 WEIGHTS = "light_decoder_ema"  # the averaged weights are the ones that are used
 FOLDER = "light_decoder"
+NUM_FIT_LATENTS, FIT_SIDE = 4, 8  # latents, and their height and width, on which an AutoencoderTiny is tried
+MIN_EXPLAINED = 0.5
 
 
 def light_decoder_folder(run: str | os.PathLike[str]) -> Path:
@@ -44,10 +48,18 @@ def read_light_decoder(
     """Load the averaged weights of a light decoder for the latents of ``autoencoder``: as `load_light_decoder`,
     from any folder that holds one, a run of autoencoder/distill.py included.
 
+    An AutoencoderTiny that diffusers saved (TAESD, say) is one too, where `fit_scale` finds that it knows the latents.
+
     Raises:
         UserError: ``path`` holds none, is damaged, or belongs to another autoencoder.
     """
-    folder = resolve_checkpoint(Path(path))
+    light = _load_tiny(Path(path), autoencoder) if is_diffusers_folder(path) else _load_light(Path(path), autoencoder)
+    # A tenth to a third faster in this memory format on a CPU.
+    return light.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _load_light(path: Path, autoencoder: AutoencoderKL) -> LightDecoder:
+    folder = resolve_checkpoint(path)
     description = read_description(folder)
     if description.get("kind") != KIND:
         raise UserError(f"{path}: holds {description.get('kind')!r}, not a {KIND}; give one of autoencoder/distill.py")
@@ -58,9 +70,52 @@ def read_light_decoder(
             f" give the autoencoder it was trained for, or {_how_to_train('RUN')}"
         )
     config = read_numbers(LightDecoderConfig, folder, field(folder, description, "config", dict), "network")
-    light = load_network(folder, WEIGHTS, lambda: build_light_decoder(config, autoencoder))
-    # A tenth to a third faster in this memory format on a CPU.
-    return light.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return load_network(folder, WEIGHTS, lambda: build_light_decoder(config, autoencoder))
+
+
+def _load_tiny(folder: Path, autoencoder: AutoencoderKL) -> TinyDecoder:
+    tiny = load_tiny_decoder(folder).to(autoencoder.latent_mean.device)
+    numbers = (autoencoder.config.latent_channels, autoencoder.config.image_channels, autoencoder.downsampling_factor)
+    if (found := (tiny.layers[0].in_channels, tiny.layers[-1].out_channels, tiny.downsampling_factor)) != numbers:
+        raise UserError(
+            f"{folder}: its latent channels, image channels and factor are {found}, the autoencoder's {numbers};"
+            " give an AutoencoderTiny of this autoencoder"
+        )
+    explained = fit_scale(tiny, autoencoder)
+    if explained < MIN_EXPLAINED:
+        raise UserError(
+            f"{folder}: does not know these latents, it explains {explained:.0%} of the variance of what the"
+            f" autoencoder decodes, and {MIN_EXPLAINED:.0%} is needed; give an AutoencoderTiny of this autoencoder"
+        )
+    return tiny
+
+
+@torch.no_grad()
+def fit_scale(tiny: TinyDecoder, autoencoder: AutoencoderKL) -> float:
+    """Set the scale of latents with which ``tiny`` comes closest to the autoencoder's own decoder, and tell how close.
+
+    Both decode the same N(0, I). The scale stays 1, as for an autoencoder with its published statistics, unless
+    another halves the squared error at least.
+
+    Returns:
+        The share of the variance of the autoencoder's pixels, around the mean of each channel, that ``tiny`` explains:
+        1 for equal images, at most 0 for images that have nothing to do with each other.
+    """
+    shape = (NUM_FIT_LATENTS, autoencoder.config.latent_channels, FIT_SIDE, FIT_SIDE)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(autoencoder.latent_mean.device)
+    reference = autoencoder.decode(latents)
+
+    def squared_error(log_scale: float) -> float:
+        tiny.scale.fill_(2.0**log_scale)
+        return (tiny.decode(latents) - reference).square().mean().item()
+
+    best, error_of_1 = 0.0, squared_error(0.0)
+    for step in (1.0, 0.25, 0.05):  # octaves
+        best = min((best + step * number for number in range(-4, 5)), key=squared_error)
+    if squared_error(best) > error_of_1 / 2:
+        best = 0.0
+    error = squared_error(best)  # which leaves the scale as it shall be
+    return 1 - error / (reference - reference.mean(dim=(0, 2, 3), keepdim=True)).square().mean().item()
 
 
 def add_decoder_flag(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +124,8 @@ def add_decoder_flag(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("full", "light"),
         default="full",
-        help="the autoencoder's own, or the one that autoencoder/distill.py made of it (default: full)",
+        help="the autoencoder's own, or the light one in its folder light_decoder, which autoencoder/distill.py made or"
+        " which is diffusers' AutoencoderTiny of these latents, TAESD say (default: full)",
     )
 
 

@@ -94,10 +94,10 @@ def load_diffusers(folder: str | os.PathLike[str], build: Callable[[AutoencoderC
             that ours cannot have.
     """
     folder = _model_folder(Path(folder))
-    settings = _read_settings(folder / CONFIG_FILE)
+    settings = read_settings(folder / CONFIG_FILE, CLASS_NAME, DEFAULTS)
     config = _to_config(settings, folder / CONFIG_FILE)
-    file = _weights_file(folder)
-    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in _read_weights(file).items()}
+    file = weights_file(folder)
+    found = {OLD_LAYER.sub(lambda match: OLD_LAYERS[match[0]], name): t for name, t in read_weights(file).items()}
     with meta_device(folder / CONFIG_FILE, len(found)):
         expected = _to_diffusers(config, build(config).state_dict())
     why = f"it does not belong to its {CONFIG_FILE}"
@@ -130,8 +130,8 @@ def save_diffusers(config: AutoencoderConfig, state: Mapping[str, Tensor], folde
         write_through(temporary / CONFIG_FILE, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """The settings of config.json that matter, defaults included."""
+def read_settings(path: Path, class_name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json that have ``defaults``; a UserError if it is damaged, or of another class."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -139,9 +139,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # bad JSON, bytes that are not UTF-8, or brackets without end
         raise UserError(f"{path}: damaged ({error}); get the file again") from error
     found = document.get("_class_name") if isinstance(document, dict) else None
-    if found != CLASS_NAME:
-        raise UserError(f"{path}: describes a model of class {found!r:.80}; only {CLASS_NAME!r} can be loaded")
-    return {key: document.get(key, default) for key, default in DEFAULTS.items()}
+    if found != class_name:
+        raise UserError(f"{path}: describes a model of class {found!r:.80}; only {class_name!r} can be loaded")
+    return {key: document.get(key, default) for key, default in defaults.items()}
 
 
 def _to_config(settings: Mapping[str, Any], path: Path) -> AutoencoderConfig:
@@ -233,7 +233,7 @@ def _latent_statistics(settings: Mapping[str, Any], path: Path) -> tuple[Tensor,
     return statistics
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> dict[str, Tensor]:
     """All tensors of a file, or of the shards that an index lists."""
     if file.suffix != ".json":
         return load_weights(file)
@@ -243,7 +243,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _weights_file(folder: Path) -> Path:
+def weights_file(folder: Path) -> Path:
     """The file of weights, or the index of its shards; where there is none, the name of the one that is missing.
 
     Weights without a variant are taken where there are any, else those of the one variant that is there.
