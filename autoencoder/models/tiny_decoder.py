@@ -1,6 +1,6 @@
 """The decoder of diffusers' AutoencoderTiny, TAESD say, as a light decoder.
 
-O. Bohan Boer Boesen, github.com/madebyollin/taesd, trains such networks for the latents of well-known autoencoders.
+Ollin Boer Bohan, github.com/madebyollin/taesd, trains such networks for the latents of well-known autoencoders.
 """
 
 from __future__ import annotations
