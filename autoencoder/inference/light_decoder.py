@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from autoencoder.inference.trained_autoencoder import fingerprint, load_autoencoder
 from autoencoder.models.autoencoder import AutoencoderKL
@@ -21,8 +22,11 @@ from ldgan.engine.run import resolve_checkpoint, run_of
 KIND = "light decoder"
 WEIGHTS = "light_decoder_ema"  # the averaged weights are the ones that are used
 FOLDER = "light_decoder"
-NUM_FIT_LATENTS, FIT_SIDE = 4, 8  # latents, and their height and width, on which an AutoencoderTiny is tried
+NUM_FIT_IMAGES, FIT_SIDE = 4, 8  # on which an AutoencoderTiny is tried, and the height and width of their latents
+# A distilled decoder of digits explained 78 to 93 % on images that it was never shown, and up to 6 % with the channels
+# of its latents exchanged or negated.
 MIN_EXPLAINED = 0.5
+NUM_LEAVES = 40  # of an image
 
 
 def light_decoder_folder(run: str | os.PathLike[str]) -> Path:
@@ -94,15 +98,17 @@ def _load_tiny(folder: Path, autoencoder: AutoencoderKL) -> TinyDecoder:
 def fit_scale(tiny: TinyDecoder, autoencoder: AutoencoderKL) -> float:
     """Set the scale of latents with which ``tiny`` comes closest to the autoencoder's own decoder, and tell how close.
 
-    Both decode the same N(0, I). The scale stays 1, as for an autoencoder with its published statistics, unless
-    another halves the squared error at least.
+    Both decode the latents of `dead_leaves`: far from the latents of images, in N(0, I) say, a decoder that was
+    distilled on those of images has nothing in common with its original. The scale stays 1, as for an autoencoder with
+    its published statistics, unless another halves the squared error at least.
 
     Returns:
         The share of the variance of the autoencoder's pixels, around the mean of each channel, that ``tiny`` explains:
         1 for equal images, at most 0 for images that have nothing to do with each other.
     """
-    shape = (NUM_FIT_LATENTS, autoencoder.config.latent_channels, FIT_SIDE, FIT_SIDE)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(autoencoder.latent_mean.device)
+    side = FIT_SIDE * autoencoder.downsampling_factor
+    images = dead_leaves(NUM_FIT_IMAGES, autoencoder.config.image_channels, side)
+    latents = autoencoder.encode(images.to(autoencoder.latent_mean.device)).mean
     reference = autoencoder.decode(latents)
 
     def squared_error(log_scale: float) -> float:
@@ -116,6 +122,23 @@ def fit_scale(tiny: TinyDecoder, autoencoder: AutoencoderKL) -> float:
         best = 0.0
     error = squared_error(best)  # which leaves the scale as it shall be
     return 1 - error / (reference - reference.mean(dim=(0, 2, 3), keepdim=True)).square().mean().item()
+
+
+def dead_leaves(num_images: int, channels: int, side: int) -> Tensor:
+    """Images (N, C, side, side) in [-1, 1] of opaque discs one over the other, the same at every call.
+
+    Lee, Mumford and Huang, "Occlusion Models for Natural Images", IJCV 2001: with radii r of density 1 / r^2 they have
+    the statistics of photographs.
+    """
+    random = torch.Generator().manual_seed(0)
+    images = torch.zeros(num_images, channels, side, side)
+    places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1)
+    for image in images:
+        for _ in range(NUM_LEAVES):
+            centre, radius = side * torch.rand(2, generator=random), side / 40 / torch.rand(1, generator=random)
+            disc = (places - centre).square().sum(dim=-1) < radius.clamp(max=side / 2).square()
+            image[:, disc] = 2 * torch.rand(channels, 1, generator=random) - 1
+    return images
 
 
 def add_decoder_flag(parser: argparse.ArgumentParser) -> None:

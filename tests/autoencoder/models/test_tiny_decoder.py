@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autoencoder.inference import light_decoder
-from autoencoder.inference.light_decoder import fit_scale, load_light_decoder, read_light_decoder
+from autoencoder.inference.light_decoder import dead_leaves, fit_scale, load_light_decoder, read_light_decoder
 from autoencoder.models.autoencoder import AutoencoderKL
 from autoencoder.models.tiny_decoder import TinyDecoder, load_tiny_decoder
 from ldgan.engine.cli import UserError
@@ -42,6 +43,7 @@ def noise(*shape: int) -> torch.Tensor:
 def full_decoder(model: Any, scale: float = 1.0) -> Any:
     """An autoencoder, as far as its decoder goes, whose latents are those of ``model`` over ``scale``."""
     return SimpleNamespace(
+        encode=lambda images: SimpleNamespace(mean=2 * F.avg_pool2d(images, 2)[:, :2]),
         decode=lambda latents: model.decode(latents * scale).sample,
         latent_mean=torch.zeros(2, 1, 1),
         config=SimpleNamespace(latent_channels=2, image_channels=3),
@@ -72,6 +74,17 @@ def test_the_scale_of_its_latents_is_measured(tmp_path: Path, scale: float, tole
     latents = noise(2, 2, 6, 6)
     difference = tiny.decode(latents) - model.decode(latents * scale).sample
     assert difference.square().mean() < 0.05 * model.decode(latents * scale).sample.var()
+
+
+def test_dead_leaves_are_the_same_at_every_call_and_differ_from_image_to_image() -> None:
+    images = dead_leaves(3, 2, 32)
+    assert images.shape == (3, 2, 32, 32)
+    assert torch.equal(images, dead_leaves(3, 2, 32))
+    assert images.abs().max() <= 1
+    assert len(images.flatten(1).unique(dim=0)) == 3
+    # Discs have edges and are flat inside: more than half of all neighbours are equal, but not all.
+    equal = (images[..., 1:] == images[..., :-1]).float().mean().item()
+    assert 0.5 < equal < 0.99
 
 
 def test_beside_its_autoencoder_it_is_its_light_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
