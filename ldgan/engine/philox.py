@@ -91,7 +91,9 @@ class Random:
         return philox((places, self._num_draws, self._step, self._part), self._key)
 
     def _laid_out(self, quarters: list[Tensor], shape: Sequence[int]) -> Tensor:
-        return torch.stack(quarters, dim=-1).flatten()[: math.prod(shape)].reshape(tuple(shape))
+        """Four numbers a place, in the order of the places, as (*shape) or, where words have rows, (B, *shape)."""
+        numbers = torch.stack(quarters, dim=-1).flatten(-2)
+        return numbers[..., : math.prod(shape)].reshape(*numbers.shape[:-1], *shape)
 
 
 class RandomRows(Random):
@@ -101,6 +103,3 @@ class RandomRows(Random):
         """``use`` says what the seeds, whole numbers of 64 bits, serve for."""
         words = torch.tensor([[seed & MASK, seed >> 32 & MASK] for seed in seeds], device=device)
         super().__init__(key_of(use), device, step=words[:, :1], part=words[:, 1:])
-
-    def _laid_out(self, quarters: list[Tensor], shape: Sequence[int]) -> Tensor:
-        return torch.stack(quarters, dim=-1).flatten(1)[:, : math.prod(shape)].reshape(-1, *shape)
